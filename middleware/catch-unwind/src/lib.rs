@@ -1,1 +1,239 @@
-//! placeholder
+//! Panics become outcomes.
+//!
+//! [`CatchUnwind`] is a future that yields a [`Panic`] when the future in it panics; [`catch`] does
+//! the same for a closure. A `Panic` can be logged, stored and passed on as it is: it knows the
+//! thread, the task and the ids of the request it happened in, its message is short and escaped,
+//! and nothing of the payload is left to panic a second time.
+//!
+//! # Example
+//!
+//! ```
+//! use tower_catch_unwind::CatchUnwind;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! let panic = CatchUnwind::new(async { panic!("out of\nluck") }).await.unwrap_err();
+//! assert_eq!(panic.message(), r"out of\nluck");
+//! # }
+//! ```
+//!
+//! # Panics
+//!
+//! Nothing can catch a panic under `panic = "abort"`, a panic in a destructor that runs because of
+//! a panic, or an overflow of the stack: the process dies.
+
+use std::{
+    any::Any,
+    fmt,
+    panic::{AssertUnwindSafe, Location, catch_unwind},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    thread,
+};
+
+use pin_project_lite::pin_project;
+use tower_request_context::{RequestContext, RequestId, TraceId};
+
+pin_project! {
+    /// A future that yields [`Panic`] if `F` panics, in a poll or in its drop.
+    ///
+    /// `F` is dropped when it is ready or has panicked, and never polled again.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe if `F` is. A panic in the drop of an `F` that was not ready is contained, and
+    /// seen by the panic hook alone, unless the thread is panicking already.
+    #[derive(Debug)]
+    #[must_use = "futures do nothing unless polled"]
+    pub struct CatchUnwind<F> {
+        // `None` once it is ready.
+        #[pin]
+        future: Option<F>,
+    }
+
+    impl<F> PinnedDrop for CatchUnwind<F> {
+        fn drop(this: Pin<&mut Self>) {
+            let mut this = this.project();
+            if this.future.is_some() {
+                drop(catch(|| this.future.set(None)));
+            }
+        }
+    }
+}
+
+impl<F: Future> CatchUnwind<F> {
+    /// Catches the panics of `future`.
+    pub const fn new(future: F) -> Self {
+        Self {
+            future: Some(future),
+        }
+    }
+}
+
+impl<F: Future> Future for CatchUnwind<F> {
+    type Output = Result<F::Output, Panic>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut future = self.project().future;
+        let output = catch(|| {
+            future
+                .as_mut()
+                .as_pin_mut()
+                .expect("polled after it was ready")
+                .poll(cx)
+        });
+        let output = match output {
+            Ok(Poll::Pending) => return Poll::Pending,
+            Ok(Poll::Ready(output)) => Ok(output),
+            Err(panic) => Err(panic),
+        };
+        match catch(|| future.set(None)) {
+            Err(panic) if output.is_ok() => {
+                drop(catch(|| drop(output)));
+                Poll::Ready(Err(panic))
+            }
+            // Of two panics the first one is told.
+            _ => Poll::Ready(output),
+        }
+    }
+}
+
+/// Calls `f`, and yields [`Panic`] if it panics.
+///
+/// What `f` has broken when it panics is the caller's concern: it is not asked to be unwind safe.
+pub fn catch<R>(f: impl FnOnce() -> R) -> Result<R, Panic> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(Panic::new)
+}
+
+/// A panic that was caught.
+///
+/// Found in a response's extensions, it marks the response as the answer to a panic.
+#[derive(Clone)]
+pub struct Panic(Arc<Caught>);
+
+#[derive(Clone)]
+struct Caught {
+    message: Box<str>,
+    thread: Option<Box<str>>,
+    task: Option<(&'static str, &'static Location<'static>)>,
+    trace_id: Option<TraceId>,
+    request_id: Option<RequestId>,
+}
+
+impl Panic {
+    /// The longest message, in bytes of UTF-8. What is longer is cut.
+    pub const MESSAGE_MAX: usize = 1024;
+
+    /// Of what `std::panic::catch_unwind` or a `JoinError` has caught, here and now: the ids are
+    /// those of the current request.
+    ///
+    /// The payload is dropped. If that panics, the panic is contained.
+    pub fn new(payload: Box<dyn Any + Send>) -> Self {
+        let message = if let Some(message) = payload.downcast_ref::<&str>() {
+            escape(message)
+        } else if let Some(message) = payload.downcast_ref::<String>() {
+            escape(message)
+        } else {
+            "(the payload is not a string)".into()
+        };
+        if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+            // It may go on like this for ever: rust-lang/rust#86027.
+            std::mem::forget(second);
+        }
+        let context = RequestContext::current();
+        Self(Arc::new(Caught {
+            message,
+            thread: thread::current().name().map(Into::into),
+            task: None,
+            trace_id: context.get().copied(),
+            request_id: context.get().cloned(),
+        }))
+    }
+
+    /// Says in which task it happened: its name, and where it was spawned.
+    pub fn in_task(mut self, name: &'static str, site: &'static Location<'static>) -> Self {
+        Arc::make_mut(&mut self.0).task = Some((name, site));
+        self
+    }
+
+    /// What was said, escaped so that it can go into any log as it is, and cut at
+    /// [`MESSAGE_MAX`](Self::MESSAGE_MAX) bytes.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
+    /// The name of the thread, if it has one.
+    pub fn thread(&self) -> Option<&str> {
+        self.0.thread.as_deref()
+    }
+
+    /// The name of the task, if it was in one.
+    pub fn task(&self) -> Option<&'static str> {
+        self.0.task.map(|(name, _)| name)
+    }
+
+    /// Where the task was spawned, if it was in one.
+    pub fn spawn_site(&self) -> Option<&'static Location<'static>> {
+        self.0.task.map(|(_, site)| site)
+    }
+
+    /// The trace id of the request, if it has one.
+    pub fn trace_id(&self) -> Option<TraceId> {
+        self.0.trace_id
+    }
+
+    /// The id of the request, if it has one.
+    pub fn request_id(&self) -> Option<&RequestId> {
+        self.0.request_id.as_ref()
+    }
+}
+
+impl fmt::Display for Panic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.task {
+            Some((name, site)) => {
+                write!(
+                    f,
+                    "task {name} (spawned at {site}) panicked: {}",
+                    self.message()
+                )
+            }
+            None => write!(f, "panicked: {}", self.message()),
+        }
+    }
+}
+
+impl fmt::Debug for Panic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Panic")
+            .field("message", &self.message())
+            .field("thread", &self.thread())
+            .field("task", &self.task())
+            .field("spawn_site", &self.spawn_site())
+            .field("trace_id", &self.trace_id())
+            .field("request_id", &self.request_id())
+            .finish()
+    }
+}
+
+impl std::error::Error for Panic {}
+
+/// At most `MESSAGE_MAX` bytes, without a line end, an escape sequence or anything else that does
+/// not print.
+fn escape(message: &str) -> Box<str> {
+    let mut escaped = String::new();
+    for char in message.chars() {
+        let end = escaped.len();
+        match char {
+            // `escape_debug` would escape these for a literal, which this is not.
+            '"' | '\'' => escaped.push(char),
+            _ => escaped.extend(char.escape_debug()),
+        }
+        if escaped.len() > Panic::MESSAGE_MAX {
+            escaped.truncate(end);
+            break;
+        }
+    }
+    escaped.into()
+}

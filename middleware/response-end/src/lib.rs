@@ -1,1 +1,646 @@
-//! placeholder
+//! When a response is really over, and how.
+//!
+//! [`ResponseEndLayer`] calls a hook once for each request: with [`End::Completed`] when the whole
+//! response has been handed to the server, or with what kept it from that. Metrics, access logs
+//! and locks that last as long as their response hang on it, as do the other layers of this
+//! family.
+//!
+//! Waiting for the end of the body stream, or for the drop of the body, does not tell. hyper drops
+//! a body of known length after its last byte without polling it to `None`, and over HTTP/1 it
+//! never polls the body of a HEAD, 204 or 304 at all. A response ends by the first of these signs:
+//!
+//! | | sign | end |
+//! |---|---|---|
+//! | R1 | it is handed over and no body will be written: HEAD, 1xx, 204, 304, 2xx to CONNECT | `Completed` |
+//! | R2 | it is handed over and its body [is at its end](Body::is_end_stream) | `Completed` |
+//! | R3 | the body yields `None` | `Completed` |
+//! | R4 | the body yields trailers | `Completed` |
+//! | R5 | the body yields data and is then at its end | `Completed` |
+//! | R6 | the body is dropped after as many bytes as Content-Length or an exact size hint said | `Completed` |
+//! | R7 | the service or the body yields an error | `Failed` |
+//! | R8 | either panics, or the response carries the [`Panic`] that it answers to | `Panicked` |
+//! | R9 | either is dropped before any of these | `Disconnected` |
+//!
+//! `Completed` means handed to the server's write buffer, not received by the client; a response
+//! with status 500 is as complete as any. With R9 an outer layer may have given up, a timeout for
+//! instance: to this layer that is the same as a client that left.
+//!
+//! # Example
+//!
+//! ```
+//! use std::sync::{Arc, Mutex};
+//! use http::{Request, Response};
+//! use http_body_util::{BodyExt, Full};
+//! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
+//! use tower_response_end::{End, ResponseEndLayer};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), std::convert::Infallible> {
+//! let log = Arc::new(Mutex::new(Vec::new()));
+//! let hook_log = log.clone();
+//! let mut service = ServiceBuilder::new()
+//!     .layer(ResponseEndLayer::new(move |request: &Request<()>| {
+//!         let (log, path) = (hook_log.clone(), request.uri().path().to_owned());
+//!         move |end: End| log.lock().unwrap().push((path, end))
+//!     }))
+//!     .service(service_fn(|_| async { Ok(Response::new(Full::<&[u8]>::from("hello"))) }));
+//!
+//! let read = service.ready().await?.call(Request::get("/read").body(()).unwrap()).await?;
+//! read.into_body().collect().await?;
+//! let left = service.ready().await?.call(Request::get("/left").body(()).unwrap());
+//! drop(left);
+//!
+//! let log = log.lock().unwrap();
+//! assert_eq!(log[0], ("/read".to_owned(), End::Completed));
+//! assert_eq!(log[1], ("/left".to_owned(), End::Disconnected));
+//! # Ok(()) }
+//! ```
+//!
+//! # Upgrades
+//!
+//! After 101 Switching Protocols, or 2xx to CONNECT, the socket lives on while response and body
+//! are gone (R1). Whoever serves it takes a [`hold`] in the handler and keeps it as long as it is
+//! served: the hook is called when the last hold is dropped.
+//!
+//! # Cancellation
+//!
+//! Dropping the response future or the body drops what it wraps and then calls the hook. The hook
+//! runs where the end is found, often in a server's connection task, so it must not block. If it
+//! panics, the panic is contained: only the process's panic hook sees it.
+//!
+//! # What it cannot see
+//!
+//! hyper does not notice that an HTTP/1 client has left while a pipelined request waits in its
+//! buffer, while the request's body has not been received to its end, or with `half_close(true)`:
+//! there the response goes on until somebody else ends it. [`ResponseEndLayer::watch_request_body`]
+//! helps where the handler reads the request's body: an error of reading it counts as
+//! `Disconnected`. A body that is leaked has no end.
+
+mod hold;
+mod request_body;
+
+use std::{
+    fmt,
+    marker::PhantomData,
+    mem,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Buf;
+use http::{Method, Request, Response, StatusCode, header};
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tower_catch_unwind::Panic;
+use tower_layer::Layer;
+use tower_service::Service;
+
+use request_body::Upload;
+
+pub use hold::{Hold, Hook, hold};
+pub use request_body::RequestBody;
+pub use tower_request_context::{Http, Plain};
+
+/// How a response ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum End {
+    /// The whole response was handed to the server.
+    Completed,
+    /// The service or the body yielded an error.
+    Failed,
+    /// The service or the body panicked.
+    Panicked,
+    /// It was dropped half-way: the client left, or an outer layer gave up.
+    Disconnected,
+}
+
+/// Marks a layer for HTTP that watches the request's body too.
+#[derive(Clone, Copy, Debug)]
+pub struct WithRequestBody(());
+
+/// Calls a hook when a response is over.
+///
+/// See the [crate's example](crate#example).
+pub struct ResponseEndLayer<M, P = Http> {
+    make: M,
+    protocol: PhantomData<fn() -> P>,
+}
+
+impl<M> ResponseEndLayer<M> {
+    /// A layer that asks `make` for a hook for each request.
+    pub const fn new(make: M) -> Self {
+        Self {
+            make,
+            protocol: PhantomData,
+        }
+    }
+
+    /// The same layer for a `Service` of anything else than HTTP requests: there the response is
+    /// over when its future is.
+    pub fn plain(self) -> ResponseEndLayer<M, Plain> {
+        ResponseEndLayer {
+            make: self.make,
+            protocol: PhantomData,
+        }
+    }
+
+    /// Also watches the request's body: an error of reading it counts as [`End::Disconnected`],
+    /// at once, whatever the handler makes of it.
+    ///
+    /// The inner service then gets a `Request<RequestBody<B>>`. axum's router and tonic's routes
+    /// take that as it is (and box it once more); any other service must name the type or be
+    /// generic over it.
+    pub fn watch_request_body(self) -> ResponseEndLayer<M, WithRequestBody> {
+        ResponseEndLayer {
+            make: self.make,
+            protocol: PhantomData,
+        }
+    }
+}
+
+impl<M: Clone, P> Clone for ResponseEndLayer<M, P> {
+    fn clone(&self) -> Self {
+        Self {
+            make: self.make.clone(),
+            protocol: PhantomData,
+        }
+    }
+}
+
+impl<M, P> fmt::Debug for ResponseEndLayer<M, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseEndLayer").finish_non_exhaustive()
+    }
+}
+
+impl<S, M: Clone, P> Layer<S> for ResponseEndLayer<M, P> {
+    type Service = ResponseEnd<S, M, P>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        ResponseEnd {
+            inner,
+            layer: self.clone(),
+        }
+    }
+}
+
+/// Middleware that calls a hook when a response is over.
+#[derive(Debug)]
+pub struct ResponseEnd<S, M, P = Http> {
+    inner: S,
+    layer: ResponseEndLayer<M, P>,
+}
+
+impl<S: Clone, M: Clone, P> Clone for ResponseEnd<S, M, P> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            layer: self.layer.clone(),
+        }
+    }
+}
+
+impl<S, M, B, ResBody> Service<Request<B>> for ResponseEnd<S, M, Http>
+where
+    S: Service<Request<B>, Response = Response<ResBody>>,
+    M: MakeOnEnd<Request<B>>,
+    ResBody: Body,
+{
+    type Response = Response<ResponseBody<ResBody, Hook<M::OnEnd>>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, Hook<M::OnEnd>, Http>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let hook = Hook::new(self.layer.make.make_on_end(&request));
+        let asked = Asked::of(&request);
+        ResponseFuture::http(hook, asked, || self.inner.call(request))
+    }
+}
+
+impl<S, M, B, ResBody> Service<Request<B>> for ResponseEnd<S, M, WithRequestBody>
+where
+    S: Service<Request<RequestBody<B>>, Response = Response<ResBody>>,
+    M: MakeOnEnd<Request<B>>,
+    ResBody: Body,
+{
+    type Response = Response<ResponseBody<ResBody, Hook<M::OnEnd>>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, Hook<M::OnEnd>, Http>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let hook = Hook::new(self.layer.make.make_on_end(&request));
+        let (request, asked) = Asked::with_request_body(request);
+        ResponseFuture::http(hook, asked, || self.inner.call(request))
+    }
+}
+
+impl<S, M, Req> Service<Req> for ResponseEnd<S, M, Plain>
+where
+    S: Service<Req>,
+    M: MakeOnEnd<Req>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, Hook<M::OnEnd>, Plain>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        let hook = Hook::new(self.layer.make.make_on_end(&request));
+        ResponseFuture::plain(hook, || self.inner.call(request))
+    }
+}
+
+/// What a layer that is built on this one does with the life of one response: it gets the end,
+/// and may have something of its own current while the inner service's code runs.
+pub trait Watch {
+    /// Runs `f`, which is the call of the inner service, or a poll or the drop of its future or
+    /// body. Before the end and after it.
+    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+
+    /// The response is over. Called exactly once.
+    fn end(&mut self, end: End);
+}
+
+/// What must be known of a request to know when its response is over.
+#[derive(Debug)]
+pub struct Asked {
+    kind: Kind,
+    upload: Option<Upload>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Head,
+    Connect,
+    Other,
+}
+
+impl Asked {
+    /// Of a request whose body is not watched.
+    pub fn of<B>(request: &Request<B>) -> Self {
+        let kind = match *request.method() {
+            Method::HEAD => Kind::Head,
+            Method::CONNECT => Kind::Connect,
+            _ => Kind::Other,
+        };
+        Self { kind, upload: None }
+    }
+
+    /// Of a request whose body is watched from here on.
+    pub fn with_request_body<B>(request: Request<B>) -> (Request<RequestBody<B>>, Self) {
+        let mut asked = Self::of(&request);
+        let upload = asked.upload.insert(Upload::default());
+        (
+            request.map(|body| RequestBody::new(body, upload.clone())),
+            asked,
+        )
+    }
+
+    /// R1. See RFC 9110, section 6.4.1.
+    fn has_no_body(&self, status: StatusCode) -> bool {
+        status.is_informational()
+            || status == StatusCode::NO_CONTENT
+            || status == StatusCode::NOT_MODIFIED
+            || self.kind == Kind::Head
+            || (self.kind == Kind::Connect && status.is_success())
+    }
+}
+
+/// A [`Watch`], and whether it has had its end.
+#[derive(Debug)]
+struct Watched<W: Watch> {
+    watch: W,
+    ended: bool,
+}
+
+impl<W: Watch> Watched<W> {
+    fn end(&mut self, end: End) {
+        if !mem::replace(&mut self.ended, true) {
+            self.watch.end(end);
+        }
+    }
+
+    /// Runs code of the inner service: in scope, and a panic of it is the end (R8).
+    fn run<R>(&mut self, f: impl FnOnce() -> R) -> R {
+        struct OnUnwind<'a, W: Watch>(&'a mut Watched<W>);
+        impl<W: Watch> Drop for OnUnwind<'_, W> {
+            fn drop(&mut self) {
+                self.0.end(End::Panicked);
+            }
+        }
+        let guard = OnUnwind(self);
+        let result = guard.0.watch.enter(f);
+        mem::forget(guard);
+        result
+    }
+
+    fn look_at(&mut self, upload: Option<&Upload>, cx: &Context<'_>) {
+        if !self.ended && upload.is_some_and(|upload| upload.poll_failed(cx)) {
+            self.end(End::Disconnected);
+        }
+    }
+}
+
+pin_project! {
+    /// Response future of [`ResponseEnd`], and of the layers that are built on it.
+    #[derive(Debug)]
+    #[must_use = "futures do nothing unless polled"]
+    pub struct ResponseFuture<F, W, P = Http>
+    where
+        W: Watch,
+    {
+        // `None` once it is ready, so that it is dropped in scope.
+        #[pin]
+        inner: Option<F>,
+        // `None` once it is ready.
+        watched: Option<Watched<W>>,
+        asked: Asked,
+        protocol: PhantomData<fn() -> P>,
+    }
+
+    impl<F, W, P> PinnedDrop for ResponseFuture<F, W, P>
+    where
+        W: Watch,
+    {
+        fn drop(this: Pin<&mut Self>) {
+            let mut this = this.project();
+            if let Some(watched) = this.watched {
+                watched.run(|| this.inner.set(None));
+                watched.end(End::Disconnected);
+            }
+        }
+    }
+}
+
+impl<F, W: Watch> ResponseFuture<F, W, Http> {
+    /// Watches what comes of `call`, the call of an HTTP service.
+    pub fn http(watch: W, asked: Asked, call: impl FnOnce() -> F) -> Self {
+        Self::new(watch, asked, call)
+    }
+}
+
+impl<F, W: Watch> ResponseFuture<F, W, Plain> {
+    /// Watches what comes of `call`, the call of any other service.
+    pub fn plain(watch: W, call: impl FnOnce() -> F) -> Self {
+        Self::new(
+            watch,
+            Asked {
+                kind: Kind::Other,
+                upload: None,
+            },
+            call,
+        )
+    }
+}
+
+impl<F, W: Watch, P> ResponseFuture<F, W, P> {
+    fn new(watch: W, asked: Asked, call: impl FnOnce() -> F) -> Self {
+        let mut watched = Watched {
+            watch,
+            ended: false,
+        };
+        let inner = watched.run(call);
+        Self {
+            inner: Some(inner),
+            watched: Some(watched),
+            asked,
+            protocol: PhantomData,
+        }
+    }
+}
+
+impl<F, W, B, E> Future for ResponseFuture<F, W, Http>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    W: Watch,
+    B: Body,
+{
+    type Output = Result<Response<ResponseBody<B, W>>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        let watched = this.watched.as_mut().expect("polled after it was ready");
+        let output = watched.run(|| {
+            let output = this.inner.as_mut().as_pin_mut()?.poll(cx);
+            let Poll::Ready(output) = output else {
+                return None;
+            };
+            this.inner.set(None);
+            Some(output.map(|response| {
+                // The body's own code, so in here.
+                let over = response.body().is_end_stream();
+                let exact = response.body().size_hint().exact();
+                (response, over, exact)
+            }))
+        });
+        watched.look_at(this.asked.upload.as_ref(), cx);
+        let (response, over, exact) = match output {
+            None => return Poll::Pending,
+            Some(Ok(output)) => output,
+            Some(Err(error)) => {
+                watched.end(End::Failed);
+                *this.watched = None;
+                return Poll::Ready(Err(error));
+            }
+        };
+        if response.extensions().get::<Panic>().is_some() {
+            watched.end(End::Panicked);
+        } else if over || this.asked.has_no_body(response.status()) {
+            watched.end(End::Completed);
+        }
+        let expected = content_length(&response).or(exact);
+        let watched = this.watched.take().expect("is there until now");
+        let upload = this.asked.upload.take();
+        Poll::Ready(Ok(response.map(|body| ResponseBody {
+            inner: Some(body),
+            watched: Some(watched),
+            upload,
+            expected,
+            passed: 0,
+            over: false,
+        })))
+    }
+}
+
+impl<F, W, T, E> Future for ResponseFuture<F, W, Plain>
+where
+    F: Future<Output = Result<T, E>>,
+    W: Watch,
+{
+    type Output = Result<T, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        let watched = this.watched.as_mut().expect("polled after it was ready");
+        let output = watched.run(|| {
+            let output = this.inner.as_mut().as_pin_mut().map(|inner| inner.poll(cx));
+            if let Some(Poll::Ready(_)) = output {
+                this.inner.set(None);
+            }
+            output.unwrap_or(Poll::Pending)
+        });
+        if let Poll::Ready(output) = &output {
+            watched.end(if output.is_ok() {
+                End::Completed
+            } else {
+                End::Failed
+            });
+            *this.watched = None;
+        }
+        output
+    }
+}
+
+/// As hyper does, which sends a body of this length if the header is there.
+fn content_length<B>(response: &Response<B>) -> Option<u64> {
+    let value = response
+        .headers()
+        .get(header::CONTENT_LENGTH)?
+        .to_str()
+        .ok()?;
+    // `parse` would take a sign.
+    value
+        .bytes()
+        .all(|byte| byte.is_ascii_digit())
+        .then(|| value.parse().ok())?
+}
+
+pin_project! {
+    /// Response body of [`ResponseEnd`], and of the layers that are built on it.
+    #[derive(Debug)]
+    pub struct ResponseBody<B, W>
+    where
+        W: Watch,
+    {
+        // `None` only while it is dropped.
+        #[pin]
+        inner: Option<B>,
+        // `None` for a default body alone.
+        watched: Option<Watched<W>>,
+        upload: Option<Upload>,
+        expected: Option<u64>,
+        passed: u64,
+        // Nothing comes any more: a further poll must not reach the inner body.
+        over: bool,
+    }
+
+    impl<B, W> PinnedDrop for ResponseBody<B, W>
+    where
+        W: Watch,
+    {
+        fn drop(this: Pin<&mut Self>) {
+            let mut this = this.project();
+            if let Some(watched) = this.watched {
+                watched.run(|| this.inner.set(None));
+                // R6 classifies a drop and never ends early: HTTP/2 polls on for trailers after
+                // the last byte.
+                let all = this.expected.is_some_and(|expected| *this.passed >= expected);
+                watched.end(if all { End::Completed } else { End::Disconnected });
+            }
+        }
+    }
+}
+
+/// An empty body that nobody watches.
+impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
+    fn default() -> Self {
+        Self {
+            inner: Some(B::default()),
+            watched: None,
+            upload: None,
+            expected: None,
+            passed: 0,
+            over: false,
+        }
+    }
+}
+
+impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let this = self.project();
+        let Some(mut inner) = this.inner.as_pin_mut().filter(|_| !*this.over) else {
+            return Poll::Ready(None);
+        };
+        let Some(watched) = this.watched else {
+            return inner.poll_frame(cx);
+        };
+        // Stays so if the inner body panics.
+        *this.over = true;
+        let (frame, at_end) = watched.run(|| {
+            let frame = inner.as_mut().poll_frame(cx);
+            let is_data = matches!(&frame, Poll::Ready(Some(Ok(frame))) if frame.is_data());
+            (frame, is_data && inner.is_end_stream())
+        });
+        watched.look_at(this.upload.as_ref(), cx);
+        match &frame {
+            Poll::Ready(None) => watched.end(End::Completed),
+            Poll::Ready(Some(Err(_))) => watched.end(End::Failed),
+            Poll::Ready(Some(Ok(frame))) if frame.is_trailers() => watched.end(End::Completed),
+            Poll::Ready(Some(Ok(frame))) => {
+                *this.over = false;
+                if let Some(data) = frame.data_ref() {
+                    let len = u64::try_from(data.remaining()).unwrap_or(u64::MAX);
+                    *this.passed = this.passed.saturating_add(len);
+                }
+                if at_end {
+                    watched.end(End::Completed);
+                }
+            }
+            Poll::Pending => *this.over = false,
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.over || self.inner.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.inner {
+            Some(inner) if !self.over => inner.size_hint(),
+            _ => SizeHint::with_exact(0),
+        }
+    }
+}
+
+/// Makes the hook that a [`ResponseEndLayer`] calls. Closures `Fn(&Req) -> impl FnOnce(End)` are
+/// this.
+pub trait MakeOnEnd<Req> {
+    /// The hook.
+    type OnEnd: FnOnce(End) + Send + 'static;
+
+    /// The hook for the response to `request`.
+    fn make_on_end(&self, request: &Req) -> Self::OnEnd;
+}
+
+impl<F, Req, H> MakeOnEnd<Req> for F
+where
+    F: Fn(&Req) -> H,
+    H: FnOnce(End) + Send + 'static,
+{
+    type OnEnd = H;
+
+    fn make_on_end(&self, request: &Req) -> H {
+        self(request)
+    }
+}

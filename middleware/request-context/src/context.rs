@@ -1,0 +1,410 @@
+use std::{
+    any::{Any, TypeId},
+    cell::Cell,
+    fmt,
+    panic::Location,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use pin_project_lite::pin_project;
+use tracing::Span;
+
+#[cfg(not(loom))]
+thread_local! {
+    static HERE: Cell<Scope> = const { Cell::new(Scope { context: RequestContext::new(), task: None }) };
+}
+#[cfg(loom)]
+loom::thread_local! {
+    static HERE: Cell<Scope> = Cell::new(Scope { context: RequestContext::new(), task: None });
+}
+
+/// The values of one request.
+///
+/// A clone costs one reference count and is the same context. Nothing changes a context: `with`
+/// makes a new one that also has the old one's values.
+#[derive(Clone, Default)]
+pub struct RequestContext {
+    head: Option<Arc<Link<dyn Value>>>,
+}
+
+struct Link<V: ?Sized> {
+    parent: RequestContext,
+    /// Whether a value here or below is a task's own: what a spawn looks at.
+    inherits: bool,
+    value: V,
+}
+
+/// A long chain must not be dropped recursively: each link would cost a stack frame.
+impl<V: ?Sized> Drop for Link<V> {
+    fn drop(&mut self) {
+        let mut next = self.parent.head.take();
+        while let Some(mut link) = next {
+            next = Arc::get_mut(&mut link).and_then(|link| link.parent.head.take());
+        }
+    }
+}
+
+impl RequestContext {
+    /// A context without values.
+    pub const fn new() -> Self {
+        Self { head: None }
+    }
+
+    /// The context of the request that is being served here, or an [empty](Self::is_empty) one.
+    pub fn current() -> Self {
+        Scope::with_current(|here| {
+            if let Some(task) = here.task.take() {
+                here.context = here.context.inherit(&task);
+            }
+            here.context.clone()
+        })
+    }
+
+    /// Whether there are no values: nothing is being served here that has any.
+    pub fn is_empty(&self) -> bool {
+        self.head.is_none()
+    }
+
+    /// Whether both are the same context, not merely equal ones.
+    pub fn ptr_eq(&self, other: &Self) -> bool {
+        match (&self.head, &other.head) {
+            (Some(a), Some(b)) => std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b)),
+            (None, None) => true,
+            _ => false,
+        }
+    }
+
+    /// The value of type `T` that was added last, if there is one.
+    pub fn get<T: 'static>(&self) -> Option<&T> {
+        self.links()
+            .find_map(|link| link.value.get(TypeId::of::<T>())?.downcast_ref())
+    }
+
+    /// This context and `value`, which hides an earlier one of the same type.
+    pub fn with<T: Send + Sync + 'static>(&self, value: T) -> Self {
+        Self::link(self.clone(), self.inherits(), Shared(value))
+    }
+
+    /// This context and `value`, of which every task gets [its own](Inherit).
+    pub fn with_inherited<T: Inherit>(&self, value: T) -> Self {
+        Self::link(self.clone(), true, Inherited(value))
+    }
+
+    /// Runs `future` in this context.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe if `future` is. It is dropped in this context too.
+    pub fn scope<F: Future>(self, future: F) -> Scoped<F> {
+        Scoped {
+            future: Some(future),
+            scope: Scope::new(self),
+        }
+    }
+
+    /// Runs `f` in this context.
+    pub fn sync_scope<R>(self, f: impl FnOnce() -> R) -> R {
+        Scope::new(self).enter(f)
+    }
+
+    /// Whether a task in this context has values of its own.
+    pub fn inherits(&self) -> bool {
+        self.head.as_ref().is_some_and(|link| link.inherits)
+    }
+
+    /// The context of a task that is started in this one.
+    pub fn inherit(&self, task: &Task) -> Self {
+        // Values that were made for a parent task stand at the head: they are replaced, not
+        // hidden, or the chain would grow with each generation.
+        let mut base = self;
+        while let Some(link) = base.head.as_deref().filter(|link| link.value.inherited()) {
+            base = &link.parent;
+        }
+        let mut newest: Vec<&dyn Value> = Vec::new();
+        for link in self.links().take_while(|link| link.inherits) {
+            let value = &link.value;
+            if value.inherited()
+                && !newest
+                    .iter()
+                    .any(|seen| (**seen).type_id() == value.type_id())
+            {
+                newest.push(value);
+            }
+        }
+        let base = base.clone();
+        newest
+            .into_iter()
+            .rev()
+            .fold(base, |context, value| value.inherit(context, task))
+    }
+
+    /// Whether `task`'s values are needed at once, because somebody wants its span.
+    pub fn wants_span(&self, task: &Task) -> bool {
+        self.links()
+            .take_while(|link| link.inherits)
+            .any(|link| link.value.wants_span(task))
+    }
+
+    /// The span of `task`, of whose own context this is; disabled if no value has one.
+    pub fn span(&self, task: &Task) -> Span {
+        self.links()
+            .take_while(|link| link.inherits)
+            .map(|link| link.value.span(task))
+            .find(|span| !span.is_disabled())
+            .unwrap_or_else(Span::none)
+    }
+
+    fn link(parent: Self, inherits: bool, value: impl Value) -> Self {
+        Self {
+            head: Some(Arc::new(Link {
+                parent,
+                inherits,
+                value,
+            })),
+        }
+    }
+
+    fn links(&self) -> impl Iterator<Item = &Link<dyn Value>> {
+        std::iter::successors(self.head.as_deref(), |link| link.parent.head.as_deref())
+    }
+}
+
+impl fmt::Debug for RequestContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Values may be secrets, so only their types.
+        f.debug_list()
+            .entries(self.links().map(|link| link.value.type_name()))
+            .finish()
+    }
+}
+
+/// A value of which every task has its own, derived from that of whoever starts it.
+///
+/// A trace context is one: the trace is the request's, the span id the task's.
+pub trait Inherit: Send + Sync + Sized + 'static {
+    /// The value in `task`. Called when something in the task first asks for its context, or when
+    /// the task is started if it [wants a span](Self::wants_span).
+    fn inherit(&self, task: &Task) -> Self;
+
+    /// Whether `task` should have a [span](Self::span): asked at each start, so it must be cheap.
+    fn wants_span(&self, task: &Task) -> bool {
+        let _ = task;
+        false
+    }
+
+    /// The span that `task` runs in. `self` is the task's own value.
+    fn span(&self, task: &Task) -> Span {
+        let _ = task;
+        Span::none()
+    }
+
+    /// Something that this value contains, for those who ask for it by its own type.
+    fn part(&self, wanted: TypeId) -> Option<&dyn Any> {
+        let _ = wanted;
+        None
+    }
+}
+
+/// What an [`Inherit`] value is told of the task that inherits it.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Task {
+    /// The name that the task was given.
+    pub name: &'static str,
+    /// Where it was spawned.
+    pub site: &'static Location<'static>,
+    /// Whether it was told to outlive its request, so that its span should link to the request's
+    /// and not nest in it.
+    pub kept: bool,
+}
+
+impl Task {
+    /// A task of this name, spawned at this place.
+    pub const fn new(name: &'static str, site: &'static Location<'static>) -> Self {
+        Self {
+            name,
+            site,
+            kept: false,
+        }
+    }
+
+    /// Says whether the task was told to outlive its request.
+    pub const fn kept(mut self, kept: bool) -> Self {
+        self.kept = kept;
+        self
+    }
+}
+
+/// What is current on a thread while it runs somebody's work: for those who write a layer or a
+/// task's wrapper. All others use [`RequestContext::scope`].
+///
+/// The owner of the work keeps a `Scope` and [enters](Self::enter) it around each poll and the
+/// drop. It moves in and out: no reference is counted.
+#[derive(Debug, Default)]
+pub struct Scope {
+    context: RequestContext,
+    /// Set: `context` is that of whoever started this task, and the task's own is still to be made.
+    task: Option<Task>,
+}
+
+impl Scope {
+    /// The scope of work done in `context`.
+    pub const fn new(context: RequestContext) -> Self {
+        Self {
+            context,
+            task: None,
+        }
+    }
+
+    /// The scope of a task started in `context`, which gets its own values when first asked for.
+    pub fn of_task(context: RequestContext, task: Task) -> Self {
+        let task = context.inherits().then_some(task);
+        Self { context, task }
+    }
+
+    /// The context, and whether it is the work's own by now.
+    pub fn into_context(self) -> (RequestContext, bool) {
+        (self.context, self.task.is_none())
+    }
+
+    /// Runs `f` with this as the current scope.
+    pub fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
+        struct Leave<'a>(&'a mut Scope);
+        impl Drop for Leave<'_> {
+            fn drop(&mut self) {
+                self.0.swap();
+            }
+        }
+        self.swap();
+        let _leave = Leave(self);
+        f()
+    }
+
+    /// Exchanges this scope with the current one. Whoever calls it calls it again.
+    ///
+    /// Where a thread is so far gone that it has no current scope any more, nothing happens.
+    pub fn swap(&mut self) {
+        let _ = HERE.try_with(|here| *self = here.replace(std::mem::take(self)));
+    }
+
+    /// Whether `context` is the current one, without a clone of either.
+    pub fn is_current(context: &RequestContext) -> bool {
+        Self::with_current(|here| here.context.ptr_eq(context))
+    }
+
+    fn with_current<R>(f: impl FnOnce(&mut Self) -> R) -> R {
+        let mut here = Self::default();
+        here.swap();
+        // No guard: if a user's `Inherit` panics here, the scope is lost with the work it panics
+        // through, and the owner's swap puts back what was there before.
+        let result = f(&mut here);
+        here.swap();
+        result
+    }
+}
+
+pin_project! {
+    /// A future in a context: see [`RequestContext::scope`].
+    #[derive(Debug)]
+    #[must_use = "futures do nothing unless polled"]
+    pub struct Scoped<F> {
+        // `None` once it is ready, so that it is dropped in scope.
+        #[pin]
+        future: Option<F>,
+        scope: Scope,
+    }
+
+    impl<F> PinnedDrop for Scoped<F> {
+        fn drop(this: Pin<&mut Self>) {
+            let mut this = this.project();
+            if this.future.is_some() {
+                this.scope.enter(|| this.future.set(None));
+            }
+        }
+    }
+}
+
+impl<F: Future> Future for Scoped<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let mut this = self.project();
+        this.scope.enter(|| {
+            let output = this
+                .future
+                .as_mut()
+                .as_pin_mut()
+                .expect("polled after it was ready")
+                .poll(cx);
+            if output.is_ready() {
+                this.future.set(None);
+            }
+            output
+        })
+    }
+}
+
+/// What a link of the chain holds: a value that all share, or one that is inherited.
+trait Value: Any + Send + Sync {
+    fn get(&self, wanted: TypeId) -> Option<&dyn Any>;
+    fn type_name(&self) -> &'static str;
+
+    fn inherited(&self) -> bool {
+        false
+    }
+    fn inherit(&self, context: RequestContext, _: &Task) -> RequestContext {
+        context
+    }
+    fn wants_span(&self, _: &Task) -> bool {
+        false
+    }
+    fn span(&self, _: &Task) -> Span {
+        Span::none()
+    }
+}
+
+struct Shared<T>(T);
+
+impl<T: Send + Sync + 'static> Value for Shared<T> {
+    fn get(&self, wanted: TypeId) -> Option<&dyn Any> {
+        (TypeId::of::<T>() == wanted).then_some(&self.0)
+    }
+
+    fn type_name(&self) -> &'static str {
+        std::any::type_name::<T>()
+    }
+}
+
+struct Inherited<T>(T);
+
+impl<T: Inherit> Value for Inherited<T> {
+    fn get(&self, wanted: TypeId) -> Option<&dyn Any> {
+        if TypeId::of::<T>() == wanted {
+            Some(&self.0)
+        } else {
+            self.0.part(wanted)
+        }
+    }
+
+    fn type_name(&self) -> &'static str {
+        std::any::type_name::<T>()
+    }
+
+    fn inherited(&self) -> bool {
+        true
+    }
+
+    fn inherit(&self, context: RequestContext, task: &Task) -> RequestContext {
+        context.with_inherited(self.0.inherit(task))
+    }
+
+    fn wants_span(&self, task: &Task) -> bool {
+        self.0.wants_span(task)
+    }
+
+    fn span(&self, task: &Task) -> Span {
+        self.0.span(task)
+    }
+}

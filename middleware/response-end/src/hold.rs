@@ -1,0 +1,160 @@
+use std::{
+    cell::Cell,
+    fmt, mem,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tower_catch_unwind::catch;
+
+use crate::{End, Watch};
+
+thread_local! {
+    static HERE: Cell<Scope> = const { Cell::new(Scope::Outside) };
+}
+
+/// What is current while a hooked response's code runs.
+#[derive(Debug, Default)]
+enum Scope {
+    #[default]
+    Outside,
+    /// The holds of this response and of those around it, made when the first is taken.
+    Inside(Option<Arc<Holds>>),
+}
+
+impl Scope {
+    fn replace(self) -> Self {
+        // Where a thread's locals are gone nobody can ask for a hold either.
+        HERE.try_with(|here| here.replace(self)).unwrap_or_default()
+    }
+}
+
+/// Keeps the response that is being served here, and those around it, from being over: see
+/// [Upgrades](crate#upgrades).
+///
+/// `None` outside of a layer that can be held. A hold that is taken when the response is over
+/// holds nothing.
+pub fn hold() -> Option<Hold> {
+    let Scope::Inside(holds) = Scope::Outside.replace() else {
+        return None;
+    };
+    let holds = holds.unwrap_or_default();
+    holds.lock().held += 1;
+    Scope::Inside(Some(holds.clone())).replace();
+    Some(Hold(holds))
+}
+
+/// Keeps a response from being over until it is dropped.
+///
+/// Leaking it leaves the response open for ever.
+#[must_use = "it holds until it is dropped"]
+pub struct Hold(Arc<Holds>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.held -= 1;
+        let ends = if state.held == 0 {
+            mem::take(&mut state.waiting)
+        } else {
+            Vec::new()
+        };
+        drop(state);
+        for end in ends {
+            end();
+        }
+    }
+}
+
+impl fmt::Debug for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hold").finish_non_exhaustive()
+    }
+}
+
+/// The holds on one request's responses.
+#[derive(Default)]
+struct Holds(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    held: usize,
+    /// Ends that have come while held.
+    waiting: Vec<Box<dyn FnOnce() + Send>>,
+}
+
+impl Holds {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Holds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Holds").finish_non_exhaustive()
+    }
+}
+
+/// A [`Watch`] that calls a hook with the end, when nobody [holds](hold) the response any more.
+pub struct Hook<H> {
+    hook: Option<H>,
+    holds: Option<Arc<Holds>>,
+}
+
+impl<H> Hook<H> {
+    /// Calls `hook`.
+    pub const fn new(hook: H) -> Self {
+        Self {
+            hook: Some(hook),
+            holds: None,
+        }
+    }
+}
+
+impl<H> fmt::Debug for Hook<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hook").finish_non_exhaustive()
+    }
+}
+
+impl<H: FnOnce(End) + Send + 'static> Watch for Hook<H> {
+    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
+        struct Leave<'a>(&'a mut Option<Arc<Holds>>, Scope);
+        impl Drop for Leave<'_> {
+            fn drop(&mut self) {
+                if let Scope::Inside(inside) = Scope::Outside.replace() {
+                    *self.0 = inside;
+                }
+                // Who holds a response holds those around it too.
+                if let Scope::Inside(around @ None) = &mut self.1 {
+                    around.clone_from(self.0);
+                }
+                mem::take(&mut self.1).replace();
+            }
+        }
+        let around = Scope::Outside.replace();
+        if let (None, Scope::Inside(holds)) = (&self.holds, &around) {
+            self.holds.clone_from(holds);
+        }
+        Scope::Inside(self.holds.take()).replace();
+        let _leave = Leave(&mut self.holds, around);
+        f()
+    }
+
+    fn end(&mut self, end: End) {
+        let Some(hook) = self.hook.take() else { return };
+        // Of a panic the process's panic hook has told; there is no one else to tell.
+        let call = move || drop(catch(|| hook(end)));
+        match &self.holds {
+            None => call(),
+            Some(holds) => {
+                let mut state = holds.lock();
+                if state.held > 0 {
+                    state.waiting.push(Box::new(call));
+                } else {
+                    drop(state);
+                    call();
+                }
+            }
+        }
+    }
+}
