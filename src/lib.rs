@@ -1,1 +1,48 @@
-//! x
+//! Tower middleware that gives every task a request starts an owner, a bound, an end, an outcome
+//! and a trace.
+//!
+//! Independent layers, each useful alone:
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`task_set`] | the request's tasks and the process's registry of them |
+//! | [`spawn_limit`] | bounded spawning |
+//! | [`response_end`] | when a response is really over, and how |
+//! | [`request_context`] | values of the request, readable wherever its work runs |
+//! | [`catch_unwind`] | panics become outcomes |
+//!
+//! The [README](https://github.com/tower-tasks/tower-tasks) has a quick start.
+//!
+//! # Where each layer goes
+//!
+//! From the outside in: [`RequestContextLayer`](request_context::RequestContextLayer), so that
+//! tasks have its values; [`ResponseEndLayer`](response_end::ResponseEndLayer), which can stand
+//! anywhere; [`TaskSetLayer`](task_set::TaskSetLayer), next to the handler. Layers that answer by
+//! themselves, a timeout for instance, go outside of the task set if the tasks shall end as with a
+//! client that left, and inside if their answer is a response like any other. With axum put all
+//! of them into one `.layer((..))`: each further call of it costs four allocations a request.
+//!
+//! # Features
+//!
+//! One for each module, all on by default. `axum` adds extractors and responses, through
+//! `axum-core`; `serde` adds `Serialize` for the ledger's snapshot; `full` is all of them.
+
+#[cfg(feature = "catch-unwind")]
+pub use tower_catch_unwind as catch_unwind;
+#[cfg(feature = "request-context")]
+pub use tower_request_context as request_context;
+#[cfg(feature = "response-end")]
+pub use tower_response_end as response_end;
+#[cfg(feature = "spawn-limit")]
+pub use tower_spawn_limit as spawn_limit;
+#[cfg(feature = "task-set")]
+pub use tower_task_set as task_set;
+
+#[cfg(feature = "request-context")]
+pub use tower_request_context::{RequestContext, RequestContextLayer};
+#[cfg(feature = "response-end")]
+pub use tower_response_end::{End, ResponseEndLayer};
+#[cfg(feature = "spawn-limit")]
+pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
+#[cfg(feature = "task-set")]
+pub use tower_task_set::{AtEnd, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer};

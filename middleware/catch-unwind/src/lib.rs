@@ -24,7 +24,7 @@
 
 use std::{
     any::Any,
-    fmt,
+    fmt, mem,
     panic::{AssertUnwindSafe, Location, catch_unwind},
     pin::Pin,
     sync::Arc,
@@ -43,7 +43,7 @@ pin_project! {
     /// # Cancel safety
     ///
     /// Cancel safe if `F` is. A panic in the drop of an `F` that was not ready is contained, and
-    /// seen by the panic hook alone, unless the thread is panicking already.
+    /// seen by the panic hook alone, also while another panic unwinds the thread.
     #[derive(Debug)]
     #[must_use = "futures do nothing unless polled"]
     pub struct CatchUnwind<F> {
@@ -62,12 +62,10 @@ pin_project! {
     }
 }
 
-impl<F: Future> CatchUnwind<F> {
+impl<F> CatchUnwind<F> {
     /// Catches the panics of `future`.
     pub const fn new(future: F) -> Self {
-        Self {
-            future: Some(future),
-        }
+        Self { future: Some(future) }
     }
 }
 
@@ -76,14 +74,8 @@ impl<F: Future> Future for CatchUnwind<F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut future = self.project().future;
-        let output = catch(|| {
-            future
-                .as_mut()
-                .as_pin_mut()
-                .expect("polled after it was ready")
-                .poll(cx)
-        });
-        let output = match output {
+        let inner = future.as_mut().as_pin_mut().expect("polled after it was ready");
+        let output = match catch(|| inner.poll(cx)) {
             Ok(Poll::Pending) => return Poll::Pending,
             Ok(Poll::Ready(output)) => Ok(output),
             Err(panic) => Err(panic),
@@ -137,17 +129,19 @@ impl Panic {
         } else {
             "(the payload is not a string)".into()
         };
-        if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
-            // It may go on like this for ever: rust-lang/rust#86027.
-            std::mem::forget(second);
-        }
-        let context = RequestContext::current();
+        contain(|| drop(payload));
+        // A value that the task inherits is made by user code, perhaps only now.
+        let ids = contain(|| {
+            let context = RequestContext::current();
+            (context.get().copied(), context.get().cloned())
+        });
+        let (trace_id, request_id) = ids.unwrap_or_default();
         Self(Arc::new(Caught {
             message,
             thread: thread::current().name().map(Into::into),
             task: None,
-            trace_id: context.get().copied(),
-            request_id: context.get().cloned(),
+            trace_id,
+            request_id,
         }))
     }
 
@@ -193,11 +187,7 @@ impl fmt::Display for Panic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.task {
             Some((name, site)) => {
-                write!(
-                    f,
-                    "task {name} (spawned at {site}) panicked: {}",
-                    self.message()
-                )
+                write!(f, "task {name} (spawned at {site}) panicked: {}", self.message())
             }
             None => write!(f, "panicked: {}", self.message()),
         }
@@ -218,6 +208,12 @@ impl fmt::Debug for Panic {
 }
 
 impl std::error::Error for Panic {}
+
+/// What `f` yields, unless it panics. The payload is leaked: its drop may panic as well, and so on
+/// for ever (rust-lang/rust#86027).
+fn contain<R>(f: impl FnOnce() -> R) -> Option<R> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(mem::forget).ok()
+}
 
 /// At most `MESSAGE_MAX` bytes, without a line end, an escape sequence or anything else that does
 /// not print.

@@ -11,6 +11,8 @@ use std::{
 use pin_project_lite::pin_project;
 use tracing::Span;
 
+use crate::TraceId;
+
 #[cfg(not(loom))]
 thread_local! {
     static HERE: Cell<Scope> = const { Cell::new(Scope { context: RequestContext::new(), task: None }) };
@@ -55,8 +57,9 @@ impl RequestContext {
     /// The context of the request that is being served here, or an [empty](Self::is_empty) one.
     pub fn current() -> Self {
         Scope::with_current(|here| {
-            if let Some(task) = here.task.take() {
+            if let Some(task) = here.task {
                 here.context = here.context.inherit(&task);
+                here.task = None;
             }
             here.context.clone()
         })
@@ -78,8 +81,7 @@ impl RequestContext {
 
     /// The value of type `T` that was added last, if there is one.
     pub fn get<T: 'static>(&self) -> Option<&T> {
-        self.links()
-            .find_map(|link| link.value.get(TypeId::of::<T>())?.downcast_ref())
+        self.links().find_map(|link| link.value.get(TypeId::of::<T>())?.downcast_ref())
     }
 
     /// This context and `value`, which hides an earlier one of the same type.
@@ -98,10 +100,7 @@ impl RequestContext {
     ///
     /// Cancel safe if `future` is. It is dropped in this context too.
     pub fn scope<F: Future>(self, future: F) -> Scoped<F> {
-        Scoped {
-            future: Some(future),
-            scope: Scope::new(self),
-        }
+        Scoped { future: Some(future), scope: Scope::new(self) }
     }
 
     /// Runs `f` in this context.
@@ -125,26 +124,18 @@ impl RequestContext {
         let mut newest: Vec<&dyn Value> = Vec::new();
         for link in self.links().take_while(|link| link.inherits) {
             let value = &link.value;
-            if value.inherited()
-                && !newest
-                    .iter()
-                    .any(|seen| (**seen).type_id() == value.type_id())
+            if value.inherited() && !newest.iter().any(|seen| (**seen).type_id() == value.type_id())
             {
                 newest.push(value);
             }
         }
         let base = base.clone();
-        newest
-            .into_iter()
-            .rev()
-            .fold(base, |context, value| value.inherit(context, task))
+        newest.into_iter().rev().fold(base, |context, value| value.inherit(context, task))
     }
 
     /// Whether `task`'s values are needed at once, because somebody wants its span.
     pub fn wants_span(&self, task: &Task) -> bool {
-        self.links()
-            .take_while(|link| link.inherits)
-            .any(|link| link.value.wants_span(task))
+        self.links().take_while(|link| link.inherits).any(|link| link.value.wants_span(task))
     }
 
     /// The span of `task`, of whose own context this is; disabled if no value has one.
@@ -157,13 +148,7 @@ impl RequestContext {
     }
 
     fn link(parent: Self, inherits: bool, value: impl Value) -> Self {
-        Self {
-            head: Some(Arc::new(Link {
-                parent,
-                inherits,
-                value,
-            })),
-        }
+        Self { head: Some(Arc::new(Link { parent, inherits, value })) }
     }
 
     fn links(&self) -> impl Iterator<Item = &Link<dyn Value>> {
@@ -174,9 +159,7 @@ impl RequestContext {
 impl fmt::Debug for RequestContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Values may be secrets, so only their types.
-        f.debug_list()
-            .entries(self.links().map(|link| link.value.type_name()))
-            .finish()
+        f.debug_list().entries(self.links().map(|link| link.value.type_name())).finish()
     }
 }
 
@@ -223,11 +206,7 @@ pub struct Task {
 impl Task {
     /// A task of this name, spawned at this place.
     pub const fn new(name: &'static str, site: &'static Location<'static>) -> Self {
-        Self {
-            name,
-            site,
-            kept: false,
-        }
+        Self { name, site, kept: false }
     }
 
     /// Says whether the task was told to outlive its request.
@@ -252,10 +231,7 @@ pub struct Scope {
 impl Scope {
     /// The scope of work done in `context`.
     pub const fn new(context: RequestContext) -> Self {
-        Self {
-            context,
-            task: None,
-        }
+        Self { context, task: None }
     }
 
     /// The scope of a task started in `context`, which gets its own values when first asked for.
@@ -264,9 +240,14 @@ impl Scope {
         Self { context, task }
     }
 
-    /// The context, and whether it is the work's own by now.
-    pub fn into_context(self) -> (RequestContext, bool) {
-        (self.context, self.task.is_none())
+    /// Whether this is a task's, and the task's own values are yet to be made.
+    pub const fn is_pending(&self) -> bool {
+        self.task.is_some()
+    }
+
+    /// The trace id among the values, if there is one. A task has that of whoever started it.
+    pub fn trace_id(&self) -> Option<TraceId> {
+        self.context.get().copied()
     }
 
     /// Runs `f` with this as the current scope.
@@ -289,19 +270,30 @@ impl Scope {
         let _ = HERE.try_with(|here| *self = here.replace(std::mem::take(self)));
     }
 
-    /// Whether `context` is the current one, without a clone of either.
-    pub fn is_current(context: &RequestContext) -> bool {
-        Self::with_current(|here| here.context.ptr_eq(context))
+    /// Whether nothing is current in it: it has no values.
+    pub fn is_empty(&self) -> bool {
+        self.context.is_empty()
+    }
+
+    /// The current context, if there is one and it is not `context`. When it is, which is what
+    /// happens most, this counts no reference.
+    pub fn other_than(context: &RequestContext) -> Option<RequestContext> {
+        let other = Self::with_current(|here| !here.is_empty() && !here.context.ptr_eq(context));
+        other.then(RequestContext::current)
     }
 
     fn with_current<R>(f: impl FnOnce(&mut Self) -> R) -> R {
-        let mut here = Self::default();
-        here.swap();
-        // No guard: if a user's `Inherit` panics here, the scope is lost with the work it panics
-        // through, and the owner's swap puts back what was there before.
-        let result = f(&mut here);
-        here.swap();
-        result
+        // Taken out meanwhile, since a user's `Inherit` may ask for the current context in `f`; and
+        // put back if it panics, since its caller may catch that and go on.
+        struct PutBack(Scope);
+        impl Drop for PutBack {
+            fn drop(&mut self) {
+                self.0.swap();
+            }
+        }
+        let mut here = PutBack(Self::default());
+        here.0.swap();
+        f(&mut here.0)
     }
 }
 
@@ -332,12 +324,8 @@ impl<F: Future> Future for Scoped<F> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let mut this = self.project();
         this.scope.enter(|| {
-            let output = this
-                .future
-                .as_mut()
-                .as_pin_mut()
-                .expect("polled after it was ready")
-                .poll(cx);
+            let output =
+                this.future.as_mut().as_pin_mut().expect("polled after it was ready").poll(cx);
             if output.is_ready() {
                 this.future.set(None);
             }
@@ -381,11 +369,7 @@ struct Inherited<T>(T);
 
 impl<T: Inherit> Value for Inherited<T> {
     fn get(&self, wanted: TypeId) -> Option<&dyn Any> {
-        if TypeId::of::<T>() == wanted {
-            Some(&self.0)
-        } else {
-            self.0.part(wanted)
-        }
+        if TypeId::of::<T>() == wanted { Some(&self.0) } else { self.0.part(wanted) }
     }
 
     fn type_name(&self) -> &'static str {

@@ -147,9 +147,7 @@ impl RequestId {
     fn is_valid(id: &[u8]) -> bool {
         // The length first: a value may be of hundreds of kilobytes.
         (1..=128).contains(&id.len())
-            && id
-                .iter()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"._~+/=:@-".contains(byte))
+            && id.iter().all(|byte| byte.is_ascii_alphanumeric() || b"._~+/=:@-".contains(byte))
     }
 }
 
@@ -172,9 +170,7 @@ impl FromStr for RequestId {
         if !Self::is_valid(text.as_bytes()) {
             return Err(ParseIdError(()));
         }
-        HeaderValue::from_str(text)
-            .map(Self)
-            .map_err(|_| ParseIdError(()))
+        HeaderValue::from_str(text).map(Self).map_err(|_| ParseIdError(()))
     }
 }
 

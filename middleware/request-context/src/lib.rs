@@ -98,20 +98,12 @@ pub struct RequestContextLayer<M, P = Http> {
 impl<M> RequestContextLayer<M> {
     /// A layer that adds what `make` makes of each request.
     pub const fn new(make: M) -> Self {
-        Self {
-            make,
-            in_extensions: false,
-            protocol: PhantomData,
-        }
+        Self { make, in_extensions: false, protocol: PhantomData }
     }
 
     /// The same layer for a `Service` of anything else than HTTP requests.
     pub fn plain(self) -> RequestContextLayer<M, Plain> {
-        RequestContextLayer {
-            make: self.make,
-            in_extensions: false,
-            protocol: PhantomData,
-        }
+        RequestContextLayer { make: self.make, in_extensions: false, protocol: PhantomData }
     }
 
     /// Also puts the [`RequestContext`] into the request's type map, for code that the layer's
@@ -124,11 +116,7 @@ impl<M> RequestContextLayer<M> {
 
 impl<M: Clone, P> Clone for RequestContextLayer<M, P> {
     fn clone(&self) -> Self {
-        Self {
-            make: self.make.clone(),
-            in_extensions: self.in_extensions,
-            protocol: PhantomData,
-        }
+        Self { make: self.make.clone(), in_extensions: self.in_extensions, protocol: PhantomData }
     }
 }
 
@@ -136,10 +124,7 @@ impl<S, M: Clone, P> Layer<S> for RequestContextLayer<M, P> {
     type Service = WithContext<S, M, P>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        WithContext {
-            inner,
-            layer: self.clone(),
-        }
+        WithContext { inner, layer: self.clone() }
     }
 }
 
@@ -152,10 +137,7 @@ pub struct WithContext<S, M, P = Http> {
 
 impl<S: Clone, M: Clone, P> Clone for WithContext<S, M, P> {
     fn clone(&self) -> Self {
-        Self {
-            inner: self.inner.clone(),
-            layer: self.layer.clone(),
-        }
+        Self { inner: self.inner.clone(), layer: self.layer.clone() }
     }
 }
 
@@ -226,11 +208,7 @@ impl<F, P> ResponseFuture<F, P> {
     fn new(context: RequestContext, call: impl FnOnce() -> F) -> Self {
         let mut scope = Scope::new(context);
         let inner = scope.enter(call);
-        Self {
-            inner: Some(inner),
-            scope,
-            protocol: PhantomData,
-        }
+        Self { inner: Some(inner), scope, protocol: PhantomData }
     }
 
     fn poll_inner(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<(F::Output, Scope)>
@@ -239,11 +217,7 @@ impl<F, P> ResponseFuture<F, P> {
     {
         let mut this = self.project();
         let output = this.scope.enter(|| {
-            let inner = this
-                .inner
-                .as_mut()
-                .as_pin_mut()
-                .expect("polled after it was ready");
+            let inner = this.inner.as_mut().as_pin_mut().expect("polled after it was ready");
             let output = inner.poll(cx);
             if output.is_ready() {
                 this.inner.set(None);
@@ -262,12 +236,7 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         self.poll_inner(cx).map(|(result, scope)| {
-            result.map(|response| {
-                response.map(|body| ResponseBody {
-                    inner: Some(body),
-                    scope,
-                })
-            })
+            result.map(|response| response.map(|body| ResponseBody { inner: Some(body), scope }))
         })
     }
 }
@@ -304,10 +273,7 @@ pin_project! {
 /// An empty body outside of any context.
 impl<B: Default> Default for ResponseBody<B> {
     fn default() -> Self {
-        Self {
-            inner: Some(B::default()),
-            scope: Scope::default(),
-        }
+        Self { inner: Some(B::default()), scope: Scope::default() }
     }
 }
 
@@ -331,9 +297,7 @@ impl<B: Body> Body for ResponseBody<B> {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner
-            .as_ref()
-            .map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
     }
 }
 

@@ -53,11 +53,7 @@ impl Drop for Hold {
     fn drop(&mut self) {
         let mut state = self.0.lock();
         state.held -= 1;
-        let ends = if state.held == 0 {
-            mem::take(&mut state.waiting)
-        } else {
-            Vec::new()
-        };
+        let ends = if state.held == 0 { mem::take(&mut state.waiting) } else { Vec::new() };
         drop(state);
         for end in ends {
             end();
@@ -96,17 +92,15 @@ impl fmt::Debug for Holds {
 
 /// A [`Watch`] that calls a hook with the end, when nobody [holds](hold) the response any more.
 pub struct Hook<H> {
-    hook: Option<H>,
+    // Never locked: a hook need not be `Sync`, and a body with it must be if the inner one is.
+    hook: Mutex<Option<H>>,
     holds: Option<Arc<Holds>>,
 }
 
 impl<H> Hook<H> {
     /// Calls `hook`.
     pub const fn new(hook: H) -> Self {
-        Self {
-            hook: Some(hook),
-            holds: None,
-        }
+        Self { hook: Mutex::new(Some(hook)), holds: None }
     }
 }
 
@@ -141,7 +135,8 @@ impl<H: FnOnce(End) + Send + 'static> Watch for Hook<H> {
     }
 
     fn end(&mut self, end: End) {
-        let Some(hook) = self.hook.take() else { return };
+        let hook = self.hook.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Some(hook) = hook.take() else { return };
         // Of a panic the process's panic hook has told; there is no one else to tell.
         let call = move || drop(catch(|| hook(end)));
         match &self.holds {

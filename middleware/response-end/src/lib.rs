@@ -28,14 +28,14 @@
 //! # Example
 //!
 //! ```
-//! use std::sync::{Arc, Mutex};
+//! use std::{convert::Infallible, sync::{Arc, Mutex}};
 //! use http::{Request, Response};
 //! use http_body_util::{BodyExt, Full};
 //! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
 //! use tower_response_end::{End, ResponseEndLayer};
 //!
 //! # #[tokio::main(flavor = "current_thread")]
-//! # async fn main() -> Result<(), std::convert::Infallible> {
+//! # async fn main() -> Result<(), Infallible> {
 //! let log = Arc::new(Mutex::new(Vec::new()));
 //! let hook_log = log.clone();
 //! let mut service = ServiceBuilder::new()
@@ -43,7 +43,7 @@
 //!         let (log, path) = (hook_log.clone(), request.uri().path().to_owned());
 //!         move |end: End| log.lock().unwrap().push((path, end))
 //!     }))
-//!     .service(service_fn(|_| async { Ok(Response::new(Full::<&[u8]>::from("hello"))) }));
+//!     .service(service_fn(async |_| Ok::<_, Infallible>(Response::new(Full::new(&b"hello"[..])))));
 //!
 //! let read = service.ready().await?.call(Request::get("/read").body(()).unwrap()).await?;
 //! read.into_body().collect().await?;
@@ -130,19 +130,13 @@ pub struct ResponseEndLayer<M, P = Http> {
 impl<M> ResponseEndLayer<M> {
     /// A layer that asks `make` for a hook for each request.
     pub const fn new(make: M) -> Self {
-        Self {
-            make,
-            protocol: PhantomData,
-        }
+        Self { make, protocol: PhantomData }
     }
 
     /// The same layer for a `Service` of anything else than HTTP requests: there the response is
     /// over when its future is.
     pub fn plain(self) -> ResponseEndLayer<M, Plain> {
-        ResponseEndLayer {
-            make: self.make,
-            protocol: PhantomData,
-        }
+        ResponseEndLayer { make: self.make, protocol: PhantomData }
     }
 
     /// Also watches the request's body: an error of reading it counts as [`End::Disconnected`],
@@ -152,19 +146,13 @@ impl<M> ResponseEndLayer<M> {
     /// take that as it is (and box it once more); any other service must name the type or be
     /// generic over it.
     pub fn watch_request_body(self) -> ResponseEndLayer<M, WithRequestBody> {
-        ResponseEndLayer {
-            make: self.make,
-            protocol: PhantomData,
-        }
+        ResponseEndLayer { make: self.make, protocol: PhantomData }
     }
 }
 
 impl<M: Clone, P> Clone for ResponseEndLayer<M, P> {
     fn clone(&self) -> Self {
-        Self {
-            make: self.make.clone(),
-            protocol: PhantomData,
-        }
+        Self { make: self.make.clone(), protocol: PhantomData }
     }
 }
 
@@ -178,10 +166,7 @@ impl<S, M: Clone, P> Layer<S> for ResponseEndLayer<M, P> {
     type Service = ResponseEnd<S, M, P>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        ResponseEnd {
-            inner,
-            layer: self.clone(),
-        }
+        ResponseEnd { inner, layer: self.clone() }
     }
 }
 
@@ -194,10 +179,7 @@ pub struct ResponseEnd<S, M, P = Http> {
 
 impl<S: Clone, M: Clone, P> Clone for ResponseEnd<S, M, P> {
     fn clone(&self) -> Self {
-        Self {
-            inner: self.inner.clone(),
-            layer: self.layer.clone(),
-        }
+        Self { inner: self.inner.clone(), layer: self.layer.clone() }
     }
 }
 
@@ -304,10 +286,7 @@ impl Asked {
     pub fn with_request_body<B>(request: Request<B>) -> (Request<RequestBody<B>>, Self) {
         let mut asked = Self::of(&request);
         let upload = asked.upload.insert(Upload::default());
-        (
-            request.map(|body| RequestBody::new(body, upload.clone())),
-            asked,
-        )
+        (request.map(|body| RequestBody::new(body, upload.clone())), asked)
     }
 
     /// R1. See RFC 9110, section 6.4.1.
@@ -396,30 +375,15 @@ impl<F, W: Watch> ResponseFuture<F, W, Http> {
 impl<F, W: Watch> ResponseFuture<F, W, Plain> {
     /// Watches what comes of `call`, the call of any other service.
     pub fn plain(watch: W, call: impl FnOnce() -> F) -> Self {
-        Self::new(
-            watch,
-            Asked {
-                kind: Kind::Other,
-                upload: None,
-            },
-            call,
-        )
+        Self::new(watch, Asked { kind: Kind::Other, upload: None }, call)
     }
 }
 
 impl<F, W: Watch, P> ResponseFuture<F, W, P> {
     fn new(watch: W, asked: Asked, call: impl FnOnce() -> F) -> Self {
-        let mut watched = Watched {
-            watch,
-            ended: false,
-        };
+        let mut watched = Watched { watch, ended: false };
         let inner = watched.run(call);
-        Self {
-            inner: Some(inner),
-            watched: Some(watched),
-            asked,
-            protocol: PhantomData,
-        }
+        Self { inner: Some(inner), watched: Some(watched), asked, protocol: PhantomData }
     }
 }
 
@@ -494,11 +458,7 @@ where
             output.unwrap_or(Poll::Pending)
         });
         if let Poll::Ready(output) = &output {
-            watched.end(if output.is_ok() {
-                End::Completed
-            } else {
-                End::Failed
-            });
+            watched.end(if output.is_ok() { End::Completed } else { End::Failed });
             *this.watched = None;
         }
         output
@@ -507,16 +467,9 @@ where
 
 /// As hyper does, which sends a body of this length if the header is there.
 fn content_length<B>(response: &Response<B>) -> Option<u64> {
-    let value = response
-        .headers()
-        .get(header::CONTENT_LENGTH)?
-        .to_str()
-        .ok()?;
+    let value = response.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?;
     // `parse` would take a sign.
-    value
-        .bytes()
-        .all(|byte| byte.is_ascii_digit())
-        .then(|| value.parse().ok())?
+    value.bytes().all(|byte| byte.is_ascii_digit()).then(|| value.parse().ok())?
 }
 
 pin_project! {

@@ -82,11 +82,7 @@ impl Upload {
             return true;
         }
         // No user code under a lock: the old waker is dropped, and the new one cloned, outside.
-        if state
-            .waker
-            .as_ref()
-            .is_some_and(|waker| waker.will_wake(cx.waker()))
-        {
+        if state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
             return false;
         }
         drop(state);

@@ -58,14 +58,8 @@ impl SpawnLimit {
     /// Choose it by memory: a waiting task costs its future and some 300 bytes, and whatever it
     /// holds.
     pub fn new(limit: usize) -> Self {
-        let count = Count {
-            limit,
-            in_use: AtomicUsize::new(0),
-        };
-        Self {
-            count: Arc::new(count),
-            per_request: usize::MAX,
-        }
+        let count = Count { limit, in_use: AtomicUsize::new(0) };
+        Self { count: Arc::new(count), per_request: usize::MAX }
     }
 
     /// At most `limit` tasks at once for each request; 0 refuses all.
@@ -102,11 +96,7 @@ impl SpawnLimit {
         // Relaxed: the count alone is shared; it guards no other memory. The check and the
         // addition are one step, so that there are never more than `limit`.
         let more = |in_use| (in_use < self.count.limit).then(|| in_use + 1);
-        match self
-            .count
-            .in_use
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
-        {
+        match self.count.in_use.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) {
             Ok(_) => Ok(Permit { limit: self }),
             Err(_) => Err(SpawnError::Full),
         }
@@ -115,10 +105,7 @@ impl SpawnLimit {
     /// Gives back a permit that was [forgotten](Permit::forget). If none was, nothing happens.
     pub fn release(&self) {
         let less = |in_use: usize| in_use.checked_sub(1);
-        let _ = self
-            .count
-            .in_use
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        let _ = self.count.in_use.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 }
 
@@ -199,9 +186,7 @@ impl<F> From<Refused<F>> for SpawnError {
 // Futures are not `Debug`, and `unwrap` must compile.
 impl<F> fmt::Debug for Refused<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Refused")
-            .field("reason", &self.reason)
-            .finish_non_exhaustive()
+        f.debug_struct("Refused").field("reason", &self.reason).finish_non_exhaustive()
     }
 }
 
@@ -252,10 +237,6 @@ mod loom_tests {
             assert_eq!(limit.in_use(), usize::from(taken));
             outcomes.lock().unwrap().insert(taken);
         });
-        assert_eq!(
-            seen.lock().unwrap().len(),
-            2,
-            "before and after must both be reached"
-        );
+        assert_eq!(seen.lock().unwrap().len(), 2, "before and after must both be reached");
     }
 }

@@ -1,1 +1,302 @@
-//! placeholder
+//! The request's task set and the process's registry of tasks.
+//!
+//! A handler that starts work beside its request asks for the request's [`TaskSet`] and spawns
+//! into it. Each task then has an owner, a bound, an end, an outcome and a name: it is counted by
+//! the [`TaskRegistry`], refused if a limit is full, told to end when its time has come, and a
+//! panic in it is logged and counted instead of lost.
+//!
+//! [`TaskSetLayer`] goes inside of layers whose values or ids the tasks shall have, and outside of
+//! whatever asks for the set. A request that does not ask costs no allocation.
+//!
+//! # Example
+//!
+//! ```
+//! use http::{Request, Response};
+//! use http_body_util::{BodyExt, Empty};
+//! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
+//! use tower_task_set::{TaskRegistry, TaskSet, TaskSetLayer, assert_drained};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let tasks = TaskRegistry::new();
+//! let mut service = ServiceBuilder::new().layer(TaskSetLayer::new(&tasks)).service(service_fn(
+//!     |_: Request<()>| async {
+//!         let tasks = TaskSet::current()?;
+//!         tasks.spawn("send_receipt", async { /* mail it */ })?;
+//!         Ok::<_, Box<dyn std::error::Error>>(Response::new(Empty::<&[u8]>::new()))
+//!     },
+//! ));
+//!
+//! let response = service.ready().await?.call(Request::new(())).await?;
+//! response.into_body().collect().await?;
+//!
+//! tasks.close();
+//! tasks.wait().await;
+//! assert_drained(&tasks);
+//! assert_eq!(tasks.snapshot().by_name["send_receipt"].completed, 1);
+//! # Ok(()) }
+//! ```
+//!
+//! # How long a task lives
+//!
+//! [`AtEnd`] says what becomes of a task when its response is over, that is when the body's last
+//! byte has been handed to the server or the client has left. It can be chosen for the registry,
+//! the layer, the set and the task, with exceptions for one way of ending; what counts is the first
+//! given of: the task's `on`, the task's `at_end`, the set's `on`, the set's `at_end`, the default.
+//! Layer and registry choose for the set.
+//!
+//! | | `Cancel` | `Drain(d)`, the default with 30 s | `Keep` |
+//! |---|---|---|---|
+//! | response future dropped, body dropped | cancelled | has `d`, then cancelled | goes on |
+//! | response completed or failed | cancelled | has `d`, then cancelled | goes on |
+//! | handler or body panicked | cancelled | has `d`, then cancelled | goes on |
+//! | its own timeout passed | timed out | timed out | timed out |
+//! | [`cancel_all`](TaskRegistry::cancel_all), at shutdown | cancelled | cancelled | cancelled |
+//! | runtime dropped | aborted | aborted | aborted |
+//!
+//! A task that drains holds nothing back: neither the last byte of the response nor the next
+//! request on the connection.
+//!
+//! When the response is over, handles outside of the set's tasks get
+//! [`SpawnError::Closed`]. A task that may still run may still spawn; what it spawns lives as it
+//! does, or shorter if that is chosen. A set that was cancelled accepts nothing.
+//!
+//! # Where the set is current
+//!
+//! [`TaskSet::current`] works where
+//! [`RequestContext::current`](tower_request_context::RequestContext::current) does, on the same
+//! terms: in the handler, in polls and drops of the body, in tasks of the set, and not in a bare
+//! `tokio::spawn` or behind a buffer. There, move a `TaskSet` in, or use
+//! [`in_extensions`](TaskSetLayer::in_extensions).
+//!
+//! # Cancellation
+//!
+//! Nothing here cancels on drop: neither a [`TaskHandle`], nor a [`TaskSet`], nor the
+//! [`TaskRegistry`]. A task is told to end by its lifetime, its timeout, its handle or its
+//! registry, and then dropped at its next await. What never awaits cannot be stopped; it stays in
+//! the [`Snapshot`] as [`Cancelling`](TaskState::Cancelling), by name and place.
+//!
+//! # Panics
+//!
+//! A panic in a task is the task's [`Outcome`], and one event at level `ERROR` with the name, the
+//! place of the spawn and the trace id. Nothing else ends because of it. Nothing here panics
+//! outside of a runtime, or in one without a time driver: there, `Drain(d)` lasts until shutdown
+//! and timeouts do nothing, and one event at level `WARN` says so.
+
+mod ledger;
+mod lifetime;
+mod observe;
+mod place;
+mod reaper;
+mod registry;
+mod set;
+mod sync;
+mod task;
+
+#[cfg(feature = "axum")]
+mod extract;
+#[cfg(all(test, loom))]
+mod loom_tests;
+
+use std::{
+    fmt,
+    marker::PhantomData,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use http::{Request, Response};
+use http_body::Body;
+use tower_layer::Layer;
+use tower_response_end::{Asked, RequestBody, WithRequestBody};
+use tower_service::Service;
+
+pub use ledger::{Counts, LiveTask, Snapshot, TaskState};
+pub use lifetime::AtEnd;
+pub use observe::{Observe, TaskEvent};
+pub use place::ResponseScope;
+pub use registry::{TaskRegistry, assert_drained};
+pub use set::{Hold, NewTask, NoTaskSet, TaskSet};
+pub use task::{AbortHandle, Cause, Outcome, TaskError, TaskHandle};
+pub use tower_response_end::{End, Http, Plain};
+pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
+
+use registry::Config;
+
+/// Response future of [`WithTaskSet`].
+pub type ResponseFuture<F, P = Http> = tower_response_end::ResponseFuture<F, ResponseScope, P>;
+
+/// Response body of [`WithTaskSet`].
+pub type ResponseBody<B> = tower_response_end::ResponseBody<B, ResponseScope>;
+
+/// Gives every request a [`TaskSet`].
+///
+/// Of nested layers with different registries the inner set is the current one. A second layer
+/// with the same registry makes no second set: what it chooses, it chooses for the set of the
+/// first.
+///
+/// See the [crate's example](crate#example).
+pub struct TaskSetLayer<P = Http> {
+    config: Arc<Config>,
+    in_extensions: bool,
+    protocol: PhantomData<fn() -> P>,
+}
+
+impl TaskSetLayer {
+    /// A layer whose sets belong to `registry`.
+    pub fn new(registry: &TaskRegistry) -> Self {
+        Self { config: registry.config().clone(), in_extensions: false, protocol: PhantomData }
+    }
+
+    /// The same layer for a `Service` of anything else than HTTP requests, a queue's worker for
+    /// instance: there the response is over when its future is.
+    pub fn plain(self) -> TaskSetLayer<Plain> {
+        TaskSetLayer { config: self.config, in_extensions: false, protocol: PhantomData }
+    }
+
+    /// Also puts the [`TaskSet`] into the request's type map, where the extractor looks first: for
+    /// handlers that the layer's scope does not reach, behind a buffer for instance. Costs the
+    /// allocations of the set and of the map.
+    pub const fn in_extensions(mut self) -> Self {
+        self.in_extensions = true;
+        self
+    }
+
+    /// Also watches the request's body, and takes an error of reading it for the client's leaving:
+    /// see [`ResponseEndLayer::watch_request_body`], on the type of the request too.
+    ///
+    /// [`ResponseEndLayer::watch_request_body`]: tower_response_end::ResponseEndLayer::watch_request_body
+    pub fn watch_request_body(self) -> TaskSetLayer<WithRequestBody> {
+        let Self { config, in_extensions, .. } = self;
+        TaskSetLayer { config, in_extensions, protocol: PhantomData }
+    }
+}
+
+impl<P> TaskSetLayer<P> {
+    /// What becomes of tasks at the end of their response, if neither the set nor the task says
+    /// otherwise.
+    pub fn at_end(mut self, lifetime: AtEnd) -> Self {
+        let config = Arc::make_mut(&mut self.config);
+        config.policy.at_end(lifetime);
+        config.layer.at_end(lifetime);
+        self
+    }
+
+    /// The exception to [`at_end`](Self::at_end) for one end.
+    pub fn on(mut self, end: End, lifetime: AtEnd) -> Self {
+        let config = Arc::make_mut(&mut self.config);
+        config.policy.on(end, lifetime);
+        config.layer.on(end, lifetime);
+        self
+    }
+}
+
+impl<P> Clone for TaskSetLayer<P> {
+    fn clone(&self) -> Self {
+        Self {
+            config: self.config.clone(),
+            in_extensions: self.in_extensions,
+            protocol: PhantomData,
+        }
+    }
+}
+
+impl<P> fmt::Debug for TaskSetLayer<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TaskSetLayer")
+            .field("policy", &self.config.policy)
+            .field("in_extensions", &self.in_extensions)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S, P> Layer<S> for TaskSetLayer<P> {
+    type Service = WithTaskSet<S, P>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        WithTaskSet { inner, layer: self.clone() }
+    }
+}
+
+/// Middleware that gives every request a [`TaskSet`].
+#[derive(Debug)]
+pub struct WithTaskSet<S, P = Http> {
+    inner: S,
+    layer: TaskSetLayer<P>,
+}
+
+impl<S, P> WithTaskSet<S, P> {
+    fn scope<B>(&self, request: &mut Request<B>) -> ResponseScope {
+        let mut scope = ResponseScope::new(&self.layer.config);
+        if self.layer.in_extensions {
+            if let Some(set) = scope.set() {
+                request.extensions_mut().insert(TaskSet::new(set));
+            }
+        }
+        scope
+    }
+}
+
+impl<S: Clone, P> Clone for WithTaskSet<S, P> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), layer: self.layer.clone() }
+    }
+}
+
+impl<S, B, ResBody> Service<Request<B>> for WithTaskSet<S, Http>
+where
+    S: Service<Request<B>, Response = Response<ResBody>>,
+    ResBody: Body,
+{
+    type Response = Response<ResponseBody<ResBody>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let scope = self.scope(&mut request);
+        let asked = Asked::of(&request);
+        ResponseFuture::http(scope, asked, || self.inner.call(request))
+    }
+}
+
+impl<S, B, ResBody> Service<Request<B>> for WithTaskSet<S, WithRequestBody>
+where
+    S: Service<Request<RequestBody<B>>, Response = Response<ResBody>>,
+    ResBody: Body,
+{
+    type Response = Response<ResponseBody<ResBody>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let scope = self.scope(&mut request);
+        let (request, asked) = Asked::with_request_body(request);
+        ResponseFuture::http(scope, asked, || self.inner.call(request))
+    }
+}
+
+impl<S, Req> Service<Req> for WithTaskSet<S, Plain>
+where
+    S: Service<Req>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, Plain>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        let scope = ResponseScope::new(&self.layer.config);
+        ResponseFuture::<_, Plain>::plain(scope, || self.inner.call(request))
+    }
+}

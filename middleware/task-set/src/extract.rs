@@ -1,0 +1,25 @@
+use axum_core::{
+    extract::FromRequestParts,
+    response::{IntoResponse, Response},
+};
+use http::{StatusCode, request::Parts};
+
+use crate::{NoTaskSet, TaskSet};
+
+/// The set in the request's type map, if one is there, or else the current one.
+impl<S: Sync> FromRequestParts<S> for TaskSet {
+    type Rejection = NoTaskSet;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, NoTaskSet> {
+        match parts.extensions.get::<Self>() {
+            Some(set) => Ok(set.clone()),
+            None => Self::current(),
+        }
+    }
+}
+
+impl IntoResponse for NoTaskSet {
+    fn into_response(self) -> Response {
+        (StatusCode::INTERNAL_SERVER_ERROR, self.to_string()).into_response()
+    }
+}

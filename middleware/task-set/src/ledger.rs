@@ -1,0 +1,300 @@
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    hash::{BuildHasherDefault, Hasher},
+    ops::AddAssign,
+    panic::Location,
+    time::Duration,
+};
+
+use tower_request_context::TraceId;
+
+use crate::{AtEnd, task::Outcome};
+
+/// How many names are told apart; the tasks of further ones are counted as [`OTHER`].
+const NAMES_MAX: usize = 1024;
+pub(crate) const OTHER: &str = "other";
+
+/// What became of the tasks that somebody tried to spawn.
+///
+/// `attempted = refused + spawned` and
+/// `spawned = live + completed + cancelled + aborted + timed_out + panicked`, each counted on its
+/// own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct Counts {
+    /// Calls of a spawning method.
+    pub attempted: u64,
+    /// Those that were refused.
+    pub refused: u64,
+    /// Those that became tasks.
+    pub spawned: u64,
+    /// Tasks that have not ended.
+    pub live: u64,
+    /// Tasks that ran to their end.
+    pub completed: u64,
+    /// Tasks that were dropped at an await, or before they started, because they were told to end.
+    pub cancelled: u64,
+    /// Tasks that were dropped with their runtime.
+    pub aborted: u64,
+    /// Tasks whose own timeout passed.
+    pub timed_out: u64,
+    /// Tasks that panicked, in a poll or while they were dropped.
+    pub panicked: u64,
+}
+
+impl Counts {
+    /// Whether the two equations hold. They do, in every snapshot.
+    pub const fn is_exact(&self) -> bool {
+        let ended = self.completed + self.cancelled + self.aborted + self.timed_out + self.panicked;
+        self.attempted == self.refused + self.spawned && self.spawned == self.live + ended
+    }
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.attempted += other.attempted;
+        self.refused += other.refused;
+        self.spawned += other.spawned;
+        self.live += other.live;
+        self.completed += other.completed;
+        self.cancelled += other.cancelled;
+        self.aborted += other.aborted;
+        self.timed_out += other.timed_out;
+        self.panicked += other.panicked;
+    }
+}
+
+/// The ledger of a [`TaskRegistry`](crate::TaskRegistry) at one time.
+///
+/// Request by request it is a photograph. The requests are read one after another, so the sum of
+/// tasks that live at once may be off by those that came and went meanwhile; the equations of
+/// [`Counts`] hold all the same, and no figure but `live` ever goes down.
+#[derive(Clone, Debug, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// All tasks.
+    #[cfg_attr(feature = "serde", serde(flatten))]
+    pub totals: Counts,
+    /// By the name that they were given: at most 1,024 names, and `other`.
+    pub by_name: BTreeMap<&'static str, Counts>,
+    /// The tasks that live, in no order.
+    pub live_tasks: Vec<LiveTask>,
+}
+
+impl Snapshot {
+    pub(crate) fn add(&mut self, name: &'static str, counts: Counts) {
+        self.totals += counts;
+        let full = self.by_name.len() >= NAMES_MAX && !self.by_name.contains_key(name);
+        *self.by_name.entry(if full { OTHER } else { name }).or_default() += counts;
+    }
+}
+
+/// A task that has not ended.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct LiveTask {
+    /// The name that it was given.
+    pub name: &'static str,
+    /// Where it was spawned.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "text::display"))]
+    pub site: &'static Location<'static>,
+    /// How long it has lived, to 16 ms. Of a task that has not come to an await yet: at most this,
+    /// the age of its set.
+    #[cfg_attr(feature = "serde", serde(rename = "age_ms", serialize_with = "text::millis"))]
+    pub age: Duration,
+    /// What it is doing.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "text::display"))]
+    pub state: TaskState,
+    /// The trace id of its request, if that has one.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "text::option"))]
+    pub trace_id: Option<TraceId>,
+    /// What becomes of it at the end of its response; once that has come, what was chosen then.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "text::display"))]
+    pub at_end: AtEnd,
+}
+
+impl fmt::Display for LiveTask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, site, age, state, at_end, .. } = self;
+        write!(f, "{name} ({state}, {at_end}, {age:?} old, spawned at {site}")?;
+        match self.trace_id {
+            Some(id) => write!(f, ", trace {id})"),
+            None => f.write_str(")"),
+        }
+    }
+}
+
+/// What a live task is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TaskState {
+    /// It runs, and its response is not over.
+    Running,
+    /// Its response is over, and it has some time to finish.
+    Draining,
+    /// Its response is over, or it never had one, and it has all the time it wants.
+    Kept,
+    /// It was told to end. One that stays in this state is stuck: it never awaits.
+    Cancelling,
+}
+
+impl fmt::Display for TaskState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Draining => "draining",
+            Self::Kept => "kept",
+            Self::Cancelling => "cancelling",
+        })
+    }
+}
+
+/// The counts of one set for one name and spawn site. What lives is counted where it is listed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kind {
+    pub(crate) name: &'static str,
+    pub(crate) site: &'static Location<'static>,
+    pub(crate) attempted: u32,
+    pub(crate) refused: u32,
+    pub(crate) spawned: u32,
+    ended: [u32; Outcome::COUNT],
+}
+
+impl Kind {
+    /// When a count comes to this it is time to [`take`](Self::take).
+    const FULL: u32 = 1 << 31;
+
+    pub(crate) const fn new(name: &'static str, site: &'static Location<'static>) -> Self {
+        Self { name, site, attempted: 0, refused: 0, spawned: 0, ended: [0; Outcome::COUNT] }
+    }
+
+    /// Names and sites by their address: a comparison of texts costs more than a slot, and here
+    /// two of the same text do no harm.
+    pub(crate) fn is(&self, name: &'static str, site: &'static Location<'static>) -> bool {
+        std::ptr::eq(self.name, name) && std::ptr::eq(self.site, site)
+    }
+
+    pub(crate) fn end(&mut self, outcome: Outcome) {
+        self.ended[outcome as usize] += 1;
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.attempted >= Self::FULL
+    }
+
+    /// Takes out all that is over, and leaves what lives.
+    pub(crate) fn take(&mut self) -> Counts {
+        let counts = self.counts(0);
+        let ended: u32 = self.ended.iter().sum();
+        let left = Self { spawned: self.spawned - ended, ..Self::new(self.name, self.site) };
+        *self = Self { attempted: left.spawned, ..left };
+        let left = u64::from(self.spawned);
+        Counts { attempted: counts.attempted - left, spawned: counts.spawned - left, ..counts }
+    }
+
+    pub(crate) fn counts(&self, live: u64) -> Counts {
+        let ended = |outcome: Outcome| u64::from(self.ended[outcome as usize]);
+        Counts {
+            attempted: self.attempted.into(),
+            refused: self.refused.into(),
+            spawned: self.spawned.into(),
+            live,
+            completed: ended(Outcome::Completed),
+            cancelled: ended(Outcome::Cancelled),
+            aborted: ended(Outcome::Aborted),
+            timed_out: ended(Outcome::TimedOut),
+            panicked: ended(Outcome::Panicked),
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn start_near_the_maximum(&mut self) {
+        self.attempted += Self::FULL - 2;
+        self.refused += Self::FULL - 2;
+    }
+}
+
+/// The counts of the sets that are over, by name.
+///
+/// A name is found by its address, and the few texts that have several are merged in a snapshot.
+#[derive(Debug, Default)]
+pub(crate) struct Base {
+    index: HashMap<(usize, usize), usize, BuildHasherDefault<AddressHasher>>,
+    counts: Vec<(&'static str, Counts)>,
+}
+
+impl Base {
+    pub(crate) fn add(&mut self, name: &'static str, counts: Counts) {
+        let address = (name.as_ptr() as usize, name.len());
+        let known = self.counts.len();
+        let index = match self.index.get(&address) {
+            Some(index) => *index,
+            None if known < NAMES_MAX => {
+                self.index.insert(address, known);
+                known
+            }
+            None => NAMES_MAX,
+        };
+        if index == known {
+            self.counts.push((if known < NAMES_MAX { name } else { OTHER }, Counts::default()));
+        }
+        self.counts[index].1 += counts;
+    }
+
+    pub(crate) fn counts(&self) -> Vec<(&'static str, Counts)> {
+        self.counts.clone()
+    }
+}
+
+/// Addresses need no defence against collisions: no stranger chooses them.
+#[derive(Debug, Default)]
+pub(crate) struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_usize(usize::from(*byte));
+        }
+    }
+
+    fn write_usize(&mut self, address: usize) {
+        // Fibonacci hashing: the multiplication spreads the bits upwards, the rotation brings
+        // them down to where the table looks.
+        self.0 = (self.0 ^ address as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(32);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+#[cfg(feature = "serde")]
+mod text {
+    use std::{fmt::Display, time::Duration};
+
+    use serde::Serializer;
+
+    pub(super) fn display<T: Display, S: Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(value)
+    }
+
+    // serde hands it over like this.
+    #[expect(clippy::ref_option)]
+    pub(super) fn option<T: Display, S: Serializer>(
+        value: &Option<T>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => to.collect_str(value),
+            None => to.serialize_none(),
+        }
+    }
+
+    pub(super) fn millis<S: Serializer>(age: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
+    }
+}

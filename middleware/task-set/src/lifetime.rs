@@ -1,0 +1,82 @@
+use std::{fmt, time::Duration};
+
+use tower_response_end::End;
+
+/// What becomes of a task when the response is over, whatever ended it.
+///
+/// | | when the response is over | when the process is about to stop |
+/// |---|---|---|
+/// | `Cancel` | cancelled | lives while its response does |
+/// | `Drain(d)` | has `d` to finish, then cancelled | drains within the budget, then cancelled |
+/// | `Keep` | goes on, owned by the process | drains within the budget, then cancelled |
+///
+/// The default is `Drain` of 30 seconds: work is not lost because a client left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AtEnd {
+    /// It is cancelled: at its next await it is dropped.
+    Cancel,
+    /// It has this long to finish and is then cancelled. Choose what the work takes on a bad day,
+    /// and less than the time that the process has for its shutdown.
+    Drain(Duration),
+    /// It goes on as long as it takes.
+    Keep,
+}
+
+impl Default for AtEnd {
+    fn default() -> Self {
+        Self::Drain(Duration::from_secs(30))
+    }
+}
+
+impl fmt::Display for AtEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cancel => f.write_str("cancel"),
+            Self::Drain(time) => write!(f, "drain({time:?})"),
+            Self::Keep => f.write_str("keep"),
+        }
+    }
+}
+
+/// What was chosen, on a layer, a set or a task: for all ends, and for some of them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Policy {
+    at_end: Option<AtEnd>,
+    on: Vec<(End, AtEnd)>,
+}
+
+impl Policy {
+    pub(crate) fn at_end(&mut self, lifetime: AtEnd) {
+        self.at_end = Some(lifetime);
+    }
+
+    pub(crate) fn on(&mut self, end: End, lifetime: AtEnd) {
+        self.on.retain(|(other, _)| *other != end);
+        self.on.push((end, lifetime));
+    }
+
+    /// What was chosen for this end, if anything.
+    pub(crate) fn get(&self, end: End) -> Option<AtEnd> {
+        let exception = self.on.iter().find(|(other, _)| *other == end);
+        exception.map(|(_, lifetime)| *lifetime).or(self.at_end)
+    }
+
+    /// What is chosen for all ends that are no exception.
+    pub(crate) fn general(&self) -> Option<AtEnd> {
+        self.at_end
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.at_end.is_none() && self.on.is_empty()
+    }
+
+    /// Adds what `inner` chose, which counts first.
+    pub(crate) fn add(&mut self, inner: &Self) {
+        if let Some(lifetime) = inner.at_end {
+            self.at_end(lifetime);
+        }
+        for (end, lifetime) in &inner.on {
+            self.on(*end, *lifetime);
+        }
+    }
+}

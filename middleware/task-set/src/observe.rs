@@ -1,0 +1,48 @@
+use std::{panic::Location, time::Duration};
+
+use crate::Outcome;
+
+/// Sees the start and the end of every task of a registry: what metrics are made of.
+///
+/// Closures `Fn(&TaskEvent)` are this. It is called on the thread that spawns or ends the task, so
+/// it must not block. If it panics, the panic is contained, and seen by the process's panic hook
+/// alone.
+pub trait Observe: Send + Sync + 'static {
+    /// A task has started or ended.
+    fn observe(&self, event: &TaskEvent);
+}
+
+impl<F> Observe for F
+where
+    F: Fn(&TaskEvent) + Send + Sync + 'static,
+{
+    fn observe(&self, event: &TaskEvent) {
+        self(event);
+    }
+}
+
+/// What an [`Observe`]r is told.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum TaskEvent {
+    /// A task was accepted, and is about to be spawned.
+    #[non_exhaustive]
+    Started {
+        /// The name that it was given.
+        name: &'static str,
+        /// Where it was spawned.
+        site: &'static Location<'static>,
+    },
+    /// A task has ended, and its destructors have run.
+    #[non_exhaustive]
+    Ended {
+        /// The name that it was given.
+        name: &'static str,
+        /// Where it was spawned.
+        site: &'static Location<'static>,
+        /// How it ended.
+        outcome: Outcome,
+        /// How long it lived.
+        elapsed: Duration,
+    },
+}

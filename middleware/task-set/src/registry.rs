@@ -1,0 +1,465 @@
+use std::{
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    panic::Location,
+    sync::{Arc, PoisonError},
+    thread,
+};
+
+use tokio::runtime::Handle;
+use tower_response_end::End;
+use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
+
+use crate::{
+    AtEnd, Observe, Snapshot, TaskHandle,
+    ledger::Base,
+    lifetime::Policy,
+    reaper::Runtime,
+    set::{self, NewTask, Plan, Set},
+    sync::{Mutex, Notify, lock},
+    task::Cause,
+};
+
+/// The owner of all tasks of a process, or of a part of it: limits, policies, and the ledger.
+///
+/// A clone is the same registry. Choices made on a clone are the clone's, and those of the layers
+/// that are made with it; the ledger is one.
+///
+/// Dropping it changes nothing: tasks go on, and are still counted for those who have a clone.
+#[derive(Clone)]
+pub struct TaskRegistry(Arc<Config>);
+
+/// A registry's owner, and the choices made on one of its handles or layers.
+#[derive(Clone)]
+pub(crate) struct Config {
+    pub(crate) owner: Arc<Owner>,
+    pub(crate) limit: Option<SpawnLimit>,
+    pub(crate) runtime: Option<Handle>,
+    pub(crate) observer: Option<Arc<dyn Observe>>,
+    pub(crate) policy: Policy,
+    /// That part of it that was chosen on a layer.
+    pub(crate) layer: Policy,
+}
+
+impl TaskRegistry {
+    /// A registry of its own, without a limit.
+    pub fn new() -> Self {
+        Self(Arc::new(Config {
+            owner: Arc::default(),
+            limit: None,
+            runtime: None,
+            observer: None,
+            policy: Policy::default(),
+            layer: Policy::default(),
+        }))
+    }
+
+    /// No more tasks at once than `limit` says: those that are too many are refused.
+    pub fn limit(mut self, limit: SpawnLimit) -> Self {
+        self.choose().limit = Some(limit);
+        self
+    }
+
+    /// Runs the tasks on this runtime. The default is the one that is current when a request's set
+    /// is first asked for.
+    pub fn runtime(mut self, runtime: Handle) -> Self {
+        self.choose().runtime = Some(runtime);
+        self
+    }
+
+    /// What becomes of tasks at the end of their response, if neither the layer nor the set nor
+    /// the task says otherwise.
+    pub fn at_end(mut self, lifetime: AtEnd) -> Self {
+        self.choose().policy.at_end(lifetime);
+        self
+    }
+
+    /// The exception to [`at_end`](Self::at_end) for one end.
+    pub fn on(mut self, end: End, lifetime: AtEnd) -> Self {
+        self.choose().policy.on(end, lifetime);
+        self
+    }
+
+    /// Tells `observer` of the start and the end of every task.
+    pub fn observer(mut self, observer: impl Observe) -> Self {
+        self.choose().observer = Some(Arc::new(observer));
+        self
+    }
+
+    /// Spawns a task that belongs to no request: it is kept until it ends or the process does.
+    ///
+    /// It runs in the [`RequestContext`](tower_request_context::RequestContext) that is current
+    /// here.
+    ///
+    /// # Errors
+    ///
+    /// As [`TaskSet::spawn`](crate::TaskSet::spawn); the registry's limit counts, the limit for
+    /// each request does not.
+    #[track_caller]
+    pub fn spawn<F>(
+        &self,
+        name: &'static str,
+        future: F,
+    ) -> Result<TaskHandle<F::Output>, Refused<F>>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.start(&Plan::new(name, Location::caller()), future)
+    }
+
+    /// A task that is yet to be spawned, for choices of its own.
+    pub fn task(&self, name: &'static str) -> NewTask<'_> {
+        NewTask::of_registry(self, name)
+    }
+
+    /// How many tasks live.
+    pub fn len(&self) -> usize {
+        self.owner().sets().iter().map(|set| set.len()).sum()
+    }
+
+    /// Whether no task lives.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Accepts no task from now on: every spawn gets [`SpawnError::Closed`]. Tasks that live go on.
+    /// There is no way back.
+    ///
+    /// A spawn on another thread at the same time is accepted or refused, and never lost:
+    /// [`wait`](Self::wait) waits for it, or it has its future back.
+    pub fn close(&self) {
+        self.owner().close();
+    }
+
+    /// Whether it was [closed](Self::close).
+    pub fn is_closed(&self) -> bool {
+        lock(&self.owner().shards[0].0).closed
+    }
+
+    /// Tells all tasks that live now to end, for [`Cause::Shutdown`], kept ones too. What is
+    /// spawned later is not affected: [`close`](Self::close) first.
+    pub fn cancel_all(&self) {
+        for set in self.owner().take_sets() {
+            set.cancel(Cause::Shutdown);
+        }
+    }
+
+    /// Waits until the registry is [closed](Self::close) and no task lives: all destructors have
+    /// run. A task of the registry that waits for this waits for itself.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: it only watches.
+    pub async fn wait(&self) {
+        let owner = self.owner();
+        loop {
+            let closed = owner.closed.clone().notified_owned();
+            if self.is_closed() {
+                break;
+            }
+            closed.await;
+        }
+        // Closed, a set that has no task gets none any more: to see each without once is enough.
+        for set in owner.sets() {
+            set.idle().await;
+        }
+    }
+
+    /// The ledger, now.
+    ///
+    /// It takes some time in proportion to the number of requests that have tasks, and of tasks;
+    /// no lock is held for longer than one of them takes.
+    pub fn snapshot(&self) -> Snapshot {
+        self.owner().snapshot()
+    }
+
+    pub(crate) fn config(&self) -> &Arc<Config> {
+        &self.0
+    }
+
+    #[track_caller]
+    pub(crate) fn start<F>(
+        &self,
+        plan: &Plan,
+        future: F,
+    ) -> Result<TaskHandle<F::Output>, Refused<F>>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        loop {
+            let Some(set) = self.owner().own_set(&self.0) else {
+                self.owner().refuse(plan.name);
+                return Err(Refused { reason: SpawnError::Closed, future });
+            };
+            // A set whose last task has just ended is replaced by another.
+            match set.admit(plan) {
+                Ok(admitted) => return Ok(admitted.spawn(future)),
+                Err(set::Refusal::Gone) => {}
+                Err(set::Refusal::Because(reason)) => return Err(Refused { reason, future }),
+            }
+        }
+    }
+
+    fn owner(&self) -> &Arc<Owner> {
+        &self.0.owner
+    }
+
+    fn choose(&mut self) -> &mut Config {
+        Arc::make_mut(&mut self.0)
+    }
+}
+
+impl Default for TaskRegistry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for TaskRegistry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TaskRegistry")
+            .field("len", &self.len())
+            .field("is_closed", &self.is_closed())
+            .field("limit", &self.0.limit)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Config").field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+/// Fails if a task of the registry lives: the leak check for tests.
+///
+/// # Panics
+///
+/// If a task lives; the message lists them.
+#[track_caller]
+pub fn assert_drained(registry: &TaskRegistry) {
+    let snapshot = registry.snapshot();
+    let mut list = String::new();
+    for task in &snapshot.live_tasks {
+        list.push_str("\n  ");
+        list.push_str(&task.to_string());
+    }
+    assert!(snapshot.live_tasks.is_empty(), "{} tasks live:{list}", snapshot.totals.live);
+}
+
+/// What all handles of a registry share.
+///
+/// Lock order: a shard, then a set in it, then a runtime's deadlines. No code of others runs under
+/// any of them.
+#[derive(Debug, Default)]
+pub(crate) struct Owner {
+    shards: [Shard; Self::SHARDS],
+    runtimes: std::sync::Mutex<Vec<Arc<Runtime>>>,
+    closed: Arc<Notify>,
+}
+
+/// A set stays in the shard of the thread that made it. Apart by a cache line or two.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Shard(Mutex<Sets>);
+
+#[derive(Debug, Default)]
+struct Sets {
+    /// Those that are not over. Strong references: with weak ones a snapshot would miss a set that
+    /// is gone but not yet counted, and could be the one to drop it, under a lock.
+    listed: Vec<Option<Arc<Set>>>,
+    free: Vec<usize>,
+    /// Those that are over.
+    base: Base,
+    /// How often counts of a set that is not over were moved to `base`.
+    folds: usize,
+    closed: bool,
+    /// The set of the tasks that belong to no request: there while it has tasks.
+    own: Option<Arc<Set>>,
+    /// The runtime that was seen last.
+    runtime: Option<Arc<Runtime>>,
+}
+
+/// A set's place in its owner.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    shard: usize,
+    index: usize,
+}
+
+impl Owner {
+    const SHARDS: usize = 8;
+
+    /// Makes a set and takes it in.
+    pub(crate) fn add(
+        &self,
+        handle: Option<Handle>,
+        make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
+    ) -> Arc<Set> {
+        let shard = this_shard();
+        let mut sets = lock(&self.shards[shard].0);
+        self.insert(&mut sets, shard, handle, make)
+    }
+
+    /// The set of the tasks that belong to no request, or `None` when closed.
+    fn own_set(&self, config: &Arc<Config>) -> Option<Arc<Set>> {
+        let handle = config.runtime.clone().or_else(|| Handle::try_current().ok());
+        let shard = this_shard();
+        let mut sets = lock(&self.shards[shard].0);
+        if sets.closed {
+            return None;
+        }
+        if let Some(own) = sets.own.as_ref().filter(|own| own.is_of(config) && !own.is_gone()) {
+            return Some(own.clone());
+        }
+        let set = self.insert(&mut sets, shard, handle, |place, runtime, _| {
+            Set::own(config.clone(), place, runtime)
+        });
+        // One that was made with other choices is over when its tasks are.
+        let other = sets.own.replace(set.clone());
+        drop(sets);
+        if let Some(other) = other {
+            other.disown();
+        }
+        Some(set)
+    }
+
+    fn insert(
+        &self,
+        sets: &mut Sets,
+        shard: usize,
+        handle: Option<Handle>,
+        make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
+    ) -> Arc<Set> {
+        let runtime = handle.map(|handle| match &sets.runtime {
+            Some(runtime) if runtime.handle.id() == handle.id() => runtime.clone(),
+            _ => sets.runtime.insert(self.runtime(handle)).clone(),
+        });
+        let index = sets.free.pop().unwrap_or_else(|| {
+            sets.listed.push(None);
+            sets.listed.len() - 1
+        });
+        let set = make(Place { shard, index }, runtime, sets.closed);
+        sets.listed[index] = Some(set.clone());
+        set
+    }
+
+    pub(crate) fn runtime(&self, handle: Handle) -> Arc<Runtime> {
+        let mut runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that only this list has was shut down, or has no tasks of ours.
+        runtimes.retain(|runtime| Arc::strong_count(runtime) > 1);
+        match runtimes.iter().find(|runtime| runtime.handle.id() == handle.id()) {
+            Some(runtime) => runtime.clone(),
+            None => {
+                let runtime = Arc::new(Runtime::new(handle));
+                runtimes.push(runtime.clone());
+                runtime
+            }
+        }
+    }
+
+    /// Counts an attempt that no set counts any more.
+    pub(crate) fn refuse(&self, name: &'static str) {
+        self.refuse_in(this_shard(), name);
+    }
+
+    pub(crate) fn refuse_late(&self, place: Place, name: &'static str) {
+        self.refuse_in(place.shard, name);
+    }
+
+    fn refuse_in(&self, shard: usize, name: &'static str) {
+        let counts = crate::Counts { attempted: 1, refused: 1, ..Default::default() };
+        lock(&self.shards[shard].0).base.add(name, counts);
+    }
+
+    /// Counts a set that is over, once, and lets go of it.
+    pub(crate) fn retire(&self, set: &Arc<Set>) {
+        let Place { shard, index } = set.place;
+        let mut sets = lock(&self.shards[shard].0);
+        if !set.retire(|name, counts| sets.base.add(name, counts)) {
+            return;
+        }
+        let removed = sets.listed[index].take();
+        sets.free.push(index);
+        let own = sets.own.take_if(|own| Arc::ptr_eq(own, set));
+        // Neither is the last one, but nothing hangs on that.
+        drop(sets);
+        drop((removed, own));
+    }
+
+    /// Moves what is over out of a set that is not, before its counts overflow.
+    pub(crate) fn fold(&self, set: &Arc<Set>) {
+        let mut sets = lock(&self.shards[set.place.shard].0);
+        sets.folds += 1;
+        set.fold(|name, counts| sets.base.add(name, counts));
+    }
+
+    fn close(&self) {
+        for shard in &self.shards {
+            let mut sets = lock(&shard.0);
+            sets.closed = true;
+            for set in sets.listed.iter().flatten() {
+                set.close();
+            }
+        }
+        self.closed.notify_waiters();
+    }
+
+    /// The sets that are not over.
+    fn sets(&self) -> Vec<Arc<Set>> {
+        let sets =
+            |shard: &Shard| lock(&shard.0).listed.iter().flatten().cloned().collect::<Vec<_>>();
+        self.shards.iter().flat_map(sets).collect()
+    }
+
+    /// The same; tasks that belong to no request will get other sets.
+    fn take_sets(&self) -> Vec<Arc<Set>> {
+        for shard in &self.shards {
+            let own = lock(&shard.0).own.take();
+            if let Some(own) = own {
+                own.disown();
+            }
+        }
+        self.sets()
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        for shard in &self.shards {
+            // A fold between the two reads would hide what it moves.
+            let (base, readings) = loop {
+                let sets = lock(&shard.0);
+                let folds = sets.folds;
+                let base = sets.base.counts();
+                let listed: Vec<_> = sets.listed.iter().flatten().cloned().collect();
+                drop(sets);
+                // A set that retires from now on is not in this base, and keeps its counts.
+                let readings: Vec<_> = listed.iter().map(|set| set.read()).collect();
+                if lock(&shard.0).folds == folds {
+                    break (base, readings);
+                }
+            };
+            for (name, counts) in base {
+                snapshot.add(name, counts);
+            }
+            for reading in readings {
+                reading.add_to(&mut snapshot);
+            }
+        }
+        snapshot
+    }
+}
+
+/// By thread, so that threads that make many sets meet at different locks.
+fn this_shard() -> usize {
+    thread_local! {
+        static SHARD: usize = {
+            let mut hasher = DefaultHasher::new();
+            thread::current().id().hash(&mut hasher);
+            usize::try_from(hasher.finish() % Owner::SHARDS as u64).unwrap_or(0)
+        };
+    }
+    SHARD.try_with(|shard| *shard).unwrap_or(0)
+}

@@ -1,0 +1,445 @@
+use std::{
+    any::Any,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    thread,
+};
+
+use pin_project_lite::pin_project;
+use tower_catch_unwind::{Panic, catch};
+use tower_response_end::End;
+
+use crate::{place, set::Set};
+
+/// Why a task was told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Cause {
+    /// Its response was completed, and its time after that is over.
+    Completed,
+    /// Its response failed: the service or the body yielded an error.
+    Failed,
+    /// Its handler or body panicked.
+    Panicked,
+    /// Its client left, or an outer layer gave up on the response.
+    Disconnected,
+    /// The process is about to stop, or its runtime did.
+    Shutdown,
+    /// Somebody cancelled it by its handle, or its whole set.
+    Requested,
+}
+
+impl From<End> for Cause {
+    fn from(end: End) -> Self {
+        match end {
+            End::Completed => Self::Completed,
+            End::Panicked => Self::Panicked,
+            End::Disconnected => Self::Disconnected,
+            // An end that is not known here yet is some failure.
+            _ => Self::Failed,
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Completed => "its response was completed",
+            Self::Failed => "its response failed",
+            Self::Panicked => "its handler panicked",
+            Self::Disconnected => "its client left",
+            Self::Shutdown => "the runtime or the process is stopping",
+            Self::Requested => "somebody asked for it",
+        })
+    }
+}
+
+/// Why a task has no result.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum TaskError {
+    /// It was told to end, and was dropped at an await or before it started.
+    Cancelled(Cause),
+    /// It was dropped with its runtime.
+    Aborted(Cause),
+    /// Its own timeout passed.
+    TimedOut,
+    /// It panicked, in a poll or while it was dropped.
+    Panicked(Panic),
+}
+
+impl fmt::Display for TaskError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cancelled(cause) => write!(f, "the task was cancelled: {cause}"),
+            Self::Aborted(cause) => write!(f, "the task was aborted: {cause}"),
+            Self::TimedOut => f.write_str("the task took longer than its timeout"),
+            Self::Panicked(panic) => fmt::Display::fmt(panic, f),
+        }
+    }
+}
+
+impl std::error::Error for TaskError {}
+
+/// How a task ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// It ran to its end.
+    Completed,
+    /// It was told to end, and was dropped at an await or before it started.
+    Cancelled,
+    /// It was dropped with its runtime.
+    Aborted,
+    /// Its own timeout passed.
+    TimedOut,
+    /// It panicked, in a poll or while it was dropped.
+    Panicked,
+}
+
+impl Outcome {
+    pub(crate) const COUNT: usize = 5;
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Completed => "completed",
+            Self::Cancelled => "cancelled",
+            Self::Aborted => "aborted",
+            Self::TimedOut => "timed out",
+            Self::Panicked => "panicked",
+        })
+    }
+}
+
+/// What a task was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    Cancel(Cause),
+    TimeOut,
+}
+
+impl Order {
+    const fn outcome(self) -> Outcome {
+        match self {
+            Self::Cancel(_) => Outcome::Cancelled,
+            Self::TimeOut => Outcome::TimedOut,
+        }
+    }
+
+    const fn error(self) -> TaskError {
+        match self {
+            Self::Cancel(cause) => TaskError::Cancelled(cause),
+            Self::TimeOut => TaskError::TimedOut,
+        }
+    }
+}
+
+pin_project! {
+    /// What is spawned: the user's future as a member of its set.
+    ///
+    /// The runtime drops it as soon as it is ready, before it stores the result, and catches what
+    /// panics then. So a task's end is booked when its last destructor has run: by the drop of
+    /// `member`, which comes after that of `future`.
+    #[must_use = "futures do nothing unless polled"]
+    pub(crate) struct Tracked<F> {
+        #[pin]
+        future: F,
+        member: Member,
+    }
+
+    impl<F> PinnedDrop for Tracked<F> {
+        fn drop(this: Pin<&mut Self>) {
+            this.project().member.enter_drop();
+        }
+    }
+}
+
+impl<F> Tracked<F> {
+    pub(crate) const fn new(future: F, member: Member) -> Self {
+        Self { future, member }
+    }
+}
+
+impl<F: Future> Future for Tracked<F> {
+    type Output = Result<F::Output, TaskError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Some(order) = this.member.order() {
+            return Poll::Ready(Err(this.member.obey(order)));
+        }
+        match this.member.poll(|| this.future.poll(cx)) {
+            Ok(Poll::Ready(output)) => {
+                this.member.outcome = Some(Outcome::Completed);
+                Poll::Ready(Ok(output))
+            }
+            Ok(Poll::Pending) => match this.member.wait(cx) {
+                Some(order) => Poll::Ready(Err(this.member.obey(order))),
+                None => Poll::Pending,
+            },
+            Err(panic) => {
+                this.member.outcome = Some(Outcome::Panicked);
+                Poll::Ready(Err(TaskError::Panicked(panic)))
+            }
+        }
+    }
+}
+
+/// A task's place in its set, from the spawn to the last destructor.
+///
+/// 16 bytes: what this adds to a task's allocation. The runtime rounds that up to 128, so that a
+/// few bytes more may double a small task.
+pub(crate) struct Member {
+    /// `None` only while the task's code runs: the set is then the current one of the thread.
+    pub(crate) set: Option<Arc<Set>>,
+    pub(crate) slot: u32,
+    pub(crate) outcome: Option<Outcome>,
+    /// The set keeps more of it than its entry.
+    pub(crate) extra: bool,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Started,
+    /// It has come to an await, and the set has its waker.
+    Waits,
+    /// Its future is being dropped: whether something else was unwinding then, and whether the
+    /// task's context was entered.
+    Dropping {
+        unwinding: bool,
+        in_scope: bool,
+    },
+}
+
+impl Member {
+    pub(crate) const fn new(set: Arc<Set>, slot: u32, extra: bool) -> Self {
+        Self { set: Some(set), slot, outcome: None, extra, phase: Phase::Started }
+    }
+
+    fn set(&self) -> &Arc<Set> {
+        self.set.as_ref().expect("the set is here while the task's code does not run")
+    }
+
+    /// What the task was told, if it was.
+    fn order(&self) -> Option<Order> {
+        let set = self.set();
+        if set.has_orders() { set.order(self.slot) } else { None }
+    }
+
+    fn obey(&mut self, order: Order) -> TaskError {
+        self.outcome = Some(order.outcome());
+        order.error()
+    }
+
+    /// Polls the task's future: in its set, context and span; a panic is caught and told.
+    fn poll<R>(&mut self, poll: impl FnOnce() -> R) -> Result<R, Panic> {
+        let mut habitat = self.set().habitat(self.slot, self.extra);
+        let result = habitat.enter(|| self.poll_in_set(poll));
+        self.extra |= self.set().keep(self.slot, habitat);
+        result
+    }
+
+    fn poll_in_set<R>(&mut self, poll: impl FnOnce() -> R) -> Result<R, Panic> {
+        self.swap();
+        let result = catch_unwind(AssertUnwindSafe(poll));
+        self.swap();
+        result.map_err(|payload| self.tell(payload))
+    }
+
+    /// Out of line: it is rare, and there is one for each type of future otherwise.
+    #[cold]
+    #[inline(never)]
+    fn tell(&self, payload: Box<dyn Any + Send>) -> Panic {
+        let set = self.set();
+        let (name, site) = set.name_and_site(self.slot);
+        let panic = Panic::new(payload).in_task(name, site);
+        // The subscriber is the user's code.
+        drop(catch(|| {
+            tracing::error!(
+                task = name,
+                spawned_at = %site,
+                panic = panic.message(),
+                thread = panic.thread(),
+                trace_id = panic.trace_id().map(tracing::field::display),
+                request_id = panic.request_id().map(tracing::field::display),
+                "task panicked"
+            );
+        }));
+        panic
+    }
+
+    /// The task has come to an await. The waker is registered once, and then looked again for an
+    /// order: one that was given before the set knew the waker has woken nobody.
+    fn wait(&mut self, cx: &Context<'_>) -> Option<Order> {
+        if self.phase == Phase::Waits {
+            return None;
+        }
+        self.phase = Phase::Waits;
+        self.set().wait(self.slot, cx.waker().clone())
+    }
+
+    /// Exchanges the thread's current set and this one.
+    fn swap(&mut self) {
+        place::swap_task(&mut self.set, &mut self.slot);
+    }
+
+    /// The future is about to be dropped: in its set and context too. `Drop` leaves them.
+    fn enter_drop(&mut self) {
+        let set = self.set();
+        let in_scope = set.enter_drop(self.slot, self.extra);
+        self.phase = Phase::Dropping { unwinding: thread::panicking(), in_scope };
+        self.swap();
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let (unwinding, in_scope) = match self.phase {
+            Phase::Dropping { unwinding, in_scope } => {
+                self.swap();
+                (unwinding, in_scope)
+            }
+            Phase::Started | Phase::Waits => (thread::panicking(), false),
+        };
+        let Some(set) = self.set.take() else { return };
+        let outcome = if thread::panicking() && !unwinding {
+            // A destructor of the task's has.
+            if self.outcome != Some(Outcome::Panicked) {
+                set.tell_drop_panic(self.slot);
+            }
+            Outcome::Panicked
+        } else {
+            self.outcome.unwrap_or(Outcome::Aborted)
+        };
+        if in_scope {
+            set.leave_drop(self.slot);
+        }
+        set.leave(self.slot, outcome);
+    }
+}
+
+/// A task of a set: a future of its result.
+///
+/// Dropping it changes nothing: the task goes on, and its result is dropped.
+///
+/// # Cancel safety
+///
+/// It can be polled in a `select!`: the result stays until it is taken.
+// Not `must_use`: most tasks are started to go on by themselves.
+pub struct TaskHandle<T> {
+    join: tokio::task::JoinHandle<Result<T, TaskError>>,
+    canceller: Canceller,
+}
+
+impl<T> TaskHandle<T> {
+    pub(crate) const fn new(
+        join: tokio::task::JoinHandle<Result<T, TaskError>>,
+        canceller: Canceller,
+    ) -> Self {
+        Self { join, canceller }
+    }
+
+    /// Tells the task to end, for [`Cause::Requested`]: it is dropped at its next await. A task
+    /// that has ended, or never awaits, is not affected.
+    pub fn cancel(&self) {
+        if !self.join.is_finished() {
+            self.canceller.cancel();
+        }
+    }
+
+    /// Whether the task has ended, and its destructors have run.
+    pub fn is_finished(&self) -> bool {
+        self.join.is_finished()
+    }
+
+    /// The id that tokio gave the task.
+    pub fn id(&self) -> tokio::task::Id {
+        self.join.id()
+    }
+
+    /// Something to cancel the task with, without its result.
+    pub fn abort_handle(&self) -> AbortHandle {
+        AbortHandle { task: self.join.abort_handle(), canceller: self.canceller.clone() }
+    }
+}
+
+impl<T> Future for TaskHandle<T> {
+    type Output = Result<T, TaskError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Poll::Ready(match ready!(Pin::new(&mut self.join).poll(cx)) {
+            Ok(result) => result,
+            Err(error) => Err(match error.try_into_panic() {
+                // Caught by the runtime: of the destructors.
+                Ok(payload) => TaskError::Panicked(Panic::new(payload)),
+                // Not by us: we never abort a task.
+                Err(_) => TaskError::Aborted(Cause::Shutdown),
+            }),
+        })
+    }
+}
+
+impl<T> fmt::Debug for TaskHandle<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TaskHandle")
+            .field("id", &self.id())
+            .field("is_finished", &self.is_finished())
+            .finish()
+    }
+}
+
+/// Cancels a task. A clone cancels the same task; dropping it changes nothing.
+#[derive(Clone)]
+pub struct AbortHandle {
+    task: tokio::task::AbortHandle,
+    canceller: Canceller,
+}
+
+impl AbortHandle {
+    /// Tells the task to end: see [`TaskHandle::cancel`].
+    pub fn abort(&self) {
+        if !self.task.is_finished() {
+            self.canceller.cancel();
+        }
+    }
+
+    /// Whether the task has ended, and its destructors have run.
+    pub fn is_finished(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    /// The id that tokio gave the task.
+    pub fn id(&self) -> tokio::task::Id {
+        self.task.id()
+    }
+}
+
+impl fmt::Debug for AbortHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AbortHandle")
+            .field("id", &self.id())
+            .field("is_finished", &self.is_finished())
+            .finish()
+    }
+}
+
+/// Which task of which set.
+#[derive(Clone)]
+pub(crate) struct Canceller {
+    pub(crate) set: Arc<Set>,
+    pub(crate) slot: u32,
+    /// Slots are used again; this says for which time.
+    pub(crate) generation: u16,
+}
+
+impl Canceller {
+    fn cancel(&self) {
+        self.set.cancel_task(self.slot, self.generation);
+    }
+}
