@@ -330,6 +330,27 @@ fn nothing_catches_a_panic_that_leaves_a_destructor_while_another_one_unwinds() 
 }
 
 #[test]
+fn nothing_is_allocated_unless_there_is_a_panic() {
+    let script = Plan { pending: 3, ..Plan::default() }.script();
+    let unpolled = Plan::default().script();
+    let allocated = allocation_counter::measure(|| {
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut future = pin!(CatchUnwind::new(script));
+        while future.as_mut().poll(&mut cx).is_pending() {}
+        drop(CatchUnwind::new(unpolled));
+        assert!(catch(|| ()).is_ok());
+    });
+    assert_eq!(allocated.count_total, 0);
+}
+
+#[test]
+fn a_huge_message_is_not_copied() {
+    let message = "\u{200b}".repeat(16 << 20);
+    let allocated = allocation_counter::measure(|| drop(Panic::new(Box::new(message))));
+    assert!((1..16 << 10).contains(&allocated.bytes_max), "{allocated:?}");
+}
+
+#[test]
 fn the_payload_is_dropped_once() {
     struct Payload(Arc<AtomicU32>);
     impl Drop for Payload {

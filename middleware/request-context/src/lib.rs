@@ -25,6 +25,7 @@
 //!
 //! ```
 //! use http::{Request, Response};
+//! use http_body_util::BodyExt;
 //! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
 //! use tower_request_context::{RequestContext, RequestContextLayer};
 //!
@@ -44,7 +45,7 @@
 //!
 //! let request = Request::get("http://acme.test/").body(String::new()).unwrap();
 //! let response = service.ready().await?.call(request).await?;
-//! assert_eq!(response.into_body().into_inner(), "acme.test");
+//! assert_eq!(response.into_body().collect().await?.to_bytes(), "acme.test");
 //! # Ok(()) }
 //! ```
 //!
@@ -60,6 +61,7 @@ mod ids;
 mod extract;
 
 use std::{
+    fmt,
     marker::PhantomData,
     pin::Pin,
     task::{Context, Poll},
@@ -88,7 +90,6 @@ pub struct Plain(());
 /// Adds one value, made from the request, to the [`RequestContext`] of everything inside.
 ///
 /// See the [crate's example](crate#example).
-#[derive(Debug)]
 pub struct RequestContextLayer<M, P = Http> {
     make: M,
     in_extensions: bool,
@@ -107,7 +108,7 @@ impl<M> RequestContextLayer<M> {
     }
 
     /// Also puts the [`RequestContext`] into the request's type map, for code that the layer's
-    /// scope does not reach: a service behind a buffer.
+    /// scope does not reach: a service behind a buffer. Layers further in keep it up to date.
     pub const fn in_extensions(mut self) -> Self {
         self.in_extensions = true;
         self
@@ -120,6 +121,15 @@ impl<M: Clone, P> Clone for RequestContextLayer<M, P> {
     }
 }
 
+// Closures are not `Debug`.
+impl<M, P> fmt::Debug for RequestContextLayer<M, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestContextLayer")
+            .field("in_extensions", &self.in_extensions)
+            .finish_non_exhaustive()
+    }
+}
+
 impl<S, M: Clone, P> Layer<S> for RequestContextLayer<M, P> {
     type Service = WithContext<S, M, P>;
 
@@ -129,7 +139,6 @@ impl<S, M: Clone, P> Layer<S> for RequestContextLayer<M, P> {
 }
 
 /// Middleware that adds a value to the [`RequestContext`] of each request.
-#[derive(Debug)]
 pub struct WithContext<S, M, P = Http> {
     inner: S,
     layer: RequestContextLayer<M, P>,
@@ -138,6 +147,15 @@ pub struct WithContext<S, M, P = Http> {
 impl<S: Clone, M: Clone, P> Clone for WithContext<S, M, P> {
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone(), layer: self.layer.clone() }
+    }
+}
+
+impl<S: fmt::Debug, M, P> fmt::Debug for WithContext<S, M, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WithContext")
+            .field("inner", &self.inner)
+            .field("layer", &self.layer)
+            .finish()
     }
 }
 
@@ -155,8 +173,17 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let context = RequestContext::current().with(self.layer.make.make_value(&request));
-        if self.layer.in_extensions {
+        let value = self.layer.make.make_value(&request);
+        let mut outer = RequestContext::current();
+        let carried = request.extensions().get::<RequestContext>();
+        // What is in the type map must not fall behind: extractors look there first.
+        let in_extensions = self.layer.in_extensions || carried.is_some();
+        if let Some(carried) = carried.filter(|_| outer.is_empty()) {
+            // Behind a buffer, say, where nothing is current.
+            outer = carried.clone();
+        }
+        let context = outer.with(value);
+        if in_extensions {
             request.extensions_mut().insert(context.clone());
         }
         ResponseFuture::new(context, || self.inner.call(request))

@@ -17,7 +17,7 @@ thread_local! {
 enum Scope {
     #[default]
     Outside,
-    /// The holds of this response and of those around it, made when the first is taken.
+    /// The holds of this response, made when the first is taken.
     Inside(Option<Arc<Holds>>),
 }
 
@@ -53,11 +53,14 @@ impl Drop for Hold {
     fn drop(&mut self) {
         let mut state = self.0.lock();
         state.held -= 1;
-        let ends = if state.held == 0 { mem::take(&mut state.waiting) } else { Vec::new() };
+        let last = state.held == 0;
+        let (waiting, around) =
+            if last { (state.waiting.take(), state.around.take()) } else { (None, None) };
         drop(state);
-        for end in ends {
+        if let Some(end) = waiting {
             end();
         }
+        drop(around);
     }
 }
 
@@ -67,20 +70,32 @@ impl fmt::Debug for Hold {
     }
 }
 
-/// The holds on one request's responses.
+/// The holds on one response.
 #[derive(Default)]
 struct Holds(Mutex<State>);
 
 #[derive(Default)]
 struct State {
     held: usize,
-    /// Ends that have come while held.
-    waiting: Vec<Box<dyn FnOnce() + Send>>,
+    /// The end, if it has come while held.
+    waiting: Option<Box<dyn FnOnce() + Send>>,
+    /// While held: who holds a response holds the one around it too.
+    around: Option<Hold>,
 }
 
 impl Holds {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Called where the response around this one is current. Before that ends: it does not while
+    /// code inside of it runs.
+    fn hold_around(&self) {
+        let mut state = self.lock();
+        if state.held > 0 && state.around.is_none() {
+            // Of two locks, always that of the inner response first.
+            state.around = hold();
+        }
     }
 }
 
@@ -115,21 +130,15 @@ impl<H: FnOnce(End) + Send + 'static> Watch for Hook<H> {
         struct Leave<'a>(&'a mut Option<Arc<Holds>>, Scope);
         impl Drop for Leave<'_> {
             fn drop(&mut self) {
-                if let Scope::Inside(inside) = Scope::Outside.replace() {
+                if let Scope::Inside(inside) = mem::take(&mut self.1).replace() {
                     *self.0 = inside;
                 }
-                // Who holds a response holds those around it too.
-                if let Scope::Inside(around @ None) = &mut self.1 {
-                    around.clone_from(self.0);
+                if let Some(holds) = self.0 {
+                    holds.hold_around();
                 }
-                mem::take(&mut self.1).replace();
             }
         }
-        let around = Scope::Outside.replace();
-        if let (None, Scope::Inside(holds)) = (&self.holds, &around) {
-            self.holds.clone_from(holds);
-        }
-        Scope::Inside(self.holds.take()).replace();
+        let around = Scope::Inside(self.holds.take()).replace();
         let _leave = Leave(&mut self.holds, around);
         f()
     }
@@ -144,7 +153,7 @@ impl<H: FnOnce(End) + Send + 'static> Watch for Hook<H> {
             Some(holds) => {
                 let mut state = holds.lock();
                 if state.held > 0 {
-                    state.waiting.push(Box::new(call));
+                    state.waiting = Some(Box::new(call));
                 } else {
                     drop(state);
                     call();

@@ -114,7 +114,7 @@ impl fmt::Debug for SpawnLimit {
         f.debug_struct("SpawnLimit")
             .field("limit", &self.limit())
             .field("in_use", &self.in_use())
-            .field("per_request", &self.per_request)
+            .field("per_request", &self.limit_per_request())
             .finish()
     }
 }
@@ -231,9 +231,10 @@ mod loom_tests {
             let limit = SpawnLimit::new(1);
             limit.try_acquire().unwrap().forget();
             let other = limit.clone();
-            let giver = loom::thread::spawn(move || other.release());
-            let taken = limit.try_acquire().map(Permit::forget).is_ok();
-            giver.join().unwrap();
+            let taker =
+                loom::thread::spawn(move || other.try_acquire().map(Permit::forget).is_ok());
+            limit.release();
+            let taken = taker.join().unwrap();
             assert_eq!(limit.in_use(), usize::from(taken));
             outcomes.lock().unwrap().insert(taken);
         });

@@ -7,6 +7,7 @@ use std::{
     thread,
 };
 
+use allocation_counter::measure;
 use tower_spawn_limit::{Permit, Refused, SpawnError, SpawnLimit};
 
 #[test]
@@ -149,15 +150,35 @@ fn threads_that_take_and_give_back_leave_nothing_taken() {
 }
 
 #[test]
+fn neither_a_permit_nor_a_refusal_costs_an_allocation() {
+    let limit = SpawnLimit::new(1);
+    let taken = measure(|| limit.try_acquire().unwrap().forget());
+    assert_eq!(taken.count_total, 0);
+    let refused = measure(|| {
+        let reason = limit.try_acquire().unwrap_err();
+        let refused = Refused { reason, future: Work(ready(7)) };
+        assert_eq!(SpawnError::from(refused), SpawnError::Full);
+    });
+    assert_eq!(refused.count_total, 0);
+    assert_eq!(measure(|| limit.release()).count_total, 0);
+    assert_eq!(measure(|| drop(limit.clone())).count_total, 0);
+}
+
+#[test]
 fn the_limit_tells_its_figures() {
     let limit = SpawnLimit::new(5).per_request(2);
     let permit = limit.try_acquire().unwrap();
     let figures = "SpawnLimit { limit: 5, in_use: 1, per_request: 2 }";
     assert_eq!(format!("{limit:?}"), figures);
     assert_eq!(format!("{permit:?}"), format!("Permit {{ limit: {figures} }}"));
-    fn sent<T: Send + Sync>(_: &T) {}
-    sent(&limit);
-    sent::<Permit<'_>>(&permit);
+}
+
+#[test]
+fn limits_and_permits_go_from_thread_to_thread() {
+    fn sent<T: Send + Sync>() {}
+    sent::<SpawnLimit>();
+    sent::<Permit<'_>>();
+    sent::<SpawnError>();
 }
 
 /// No `Debug`, as most futures.

@@ -210,12 +210,6 @@ impl Kind {
             panicked: ended(Outcome::Panicked),
         }
     }
-
-    #[cfg(test)]
-    pub(crate) fn start_near_the_maximum(&mut self) {
-        self.attempted += Self::FULL - 2;
-        self.refused += Self::FULL - 2;
-    }
 }
 
 /// The counts of the sets that are over, by name.
@@ -296,5 +290,48 @@ mod text {
 
     pub(super) fn millis<S: Serializer>(age: &Duration, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_u64(u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_that_are_about_to_overflow_are_taken_out_and_what_lives_stays() {
+        let mut kind = Kind::new("task", Location::caller());
+        // Near its maximum: all were refused but five, of which two live.
+        kind.attempted = Kind::FULL;
+        kind.refused = Kind::FULL - 5;
+        kind.spawned = 5;
+        kind.end(Outcome::Completed);
+        kind.end(Outcome::Panicked);
+        kind.end(Outcome::Completed);
+        assert!(kind.is_full());
+
+        let all = kind.counts(2);
+        let mut taken = kind.take();
+        let left = kind.counts(2);
+        assert!(all.is_exact() && taken.is_exact() && left.is_exact());
+        assert!(!kind.is_full());
+        assert_eq!((left.attempted, left.spawned, left.refused, left.completed), (2, 2, 0, 0));
+        taken += left;
+        assert_eq!(taken, all, "nothing is lost");
+    }
+
+    #[test]
+    fn names_beyond_the_first_1024_are_one_other() {
+        let mut base = Base::default();
+        let one = Counts { attempted: 1, refused: 1, ..Counts::default() };
+        let names: Vec<&'static str> =
+            (0..NAMES_MAX + 10).map(|n| &*Box::leak(n.to_string().into_boxed_str())).collect();
+        for name in names.iter().chain(&names) {
+            base.add(name, one);
+        }
+        let counts = base.counts();
+        assert_eq!(counts.len(), NAMES_MAX + 1);
+        assert_eq!(counts[NAMES_MAX].0, OTHER);
+        assert_eq!(counts[NAMES_MAX].1.attempted, 20);
+        assert!(counts[..NAMES_MAX].iter().all(|(_, counts)| counts.attempted == 2));
     }
 }

@@ -1,1 +1,293 @@
+//! Models of the races that are ours: every order of what two threads do, up to loom's bound of
+//! preemptions. Each asserts that every outcome of its race was reached.
 
+use std::{
+    cell::Cell,
+    collections::BTreeSet,
+    fmt::Debug,
+    panic::Location,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll},
+};
+
+use loom::{future::block_on, thread};
+use tower_request_context::RequestContext;
+use tower_response_end::End;
+use tower_spawn_limit::SpawnError;
+
+use crate::{
+    AtEnd, TaskError, TaskRegistry,
+    set::{Plan, Refusal, Set},
+    task::{Cause, Member, Outcome, Tracked},
+};
+
+/// Runs a model, and returns the outcomes that were reached.
+fn outcomes<T: Ord + Debug + Send + 'static>(
+    model: impl Fn() -> T + Sync + Send + 'static,
+) -> Vec<T> {
+    let seen = Arc::new(Mutex::new(BTreeSet::new()));
+    let all = seen.clone();
+    loom::model(move || {
+        let outcome = model();
+        all.lock().unwrap().insert(outcome);
+    });
+    let mut seen = seen.lock().unwrap();
+    std::mem::take(&mut *seen).into_iter().collect()
+}
+
+fn plan() -> Plan {
+    Plan::new("task", Location::caller())
+}
+
+fn set(registry: &TaskRegistry) -> Arc<Set> {
+    Set::new(registry.config().clone(), RequestContext::new())
+}
+
+fn enter(set: &Arc<Set>) -> Result<Member, SpawnError> {
+    match set.enter(&plan(), None) {
+        Ok((member, _)) => Ok(member),
+        Err(Refusal::Because(reason)) => Err(reason),
+        Err(Refusal::Gone) => panic!("only a set of the registry is gone"),
+    }
+}
+
+fn complete(mut member: Member) {
+    member.outcome = Some(Outcome::Completed);
+}
+
+#[track_caller]
+fn assert_exact(registry: &TaskRegistry, attempted: u64, refused: u64, live: u64) {
+    let counts = registry.snapshot().totals;
+    assert!(counts.is_exact(), "{counts:?}");
+    assert_eq!((counts.attempted, counts.refused, counts.live), (attempted, refused, live));
+}
+
+#[test]
+fn a_spawn_that_races_the_end_is_accepted_or_refused_and_counted_once() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let spawner = thread::spawn({
+            let set = set.clone();
+            move || enter(&set).map(complete).is_ok()
+        });
+        set.end(End::Completed);
+        let accepted = spawner.join().unwrap();
+        assert_exact(&registry, 1, u64::from(!accepted), 0);
+        assert_eq!(registry.sets_listed(), 0, "it is over, and is let go");
+        accepted
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn a_spawn_that_races_the_close_is_accepted_and_waited_for_or_refused() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let spawner = thread::spawn({
+            let set = set.clone();
+            move || match enter(&set) {
+                Ok(member) => {
+                    complete(member);
+                    true
+                }
+                Err(reason) => {
+                    assert_eq!(reason, SpawnError::Closed);
+                    false
+                }
+            }
+        });
+        registry.close();
+        block_on(registry.wait());
+        let before = registry.snapshot().totals;
+        let accepted = spawner.join().unwrap();
+        let after = registry.snapshot().totals;
+        assert_eq!(before.spawned, after.spawned, "nothing is accepted after the wait");
+        assert_eq!(after.live, 0);
+        accepted
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn a_set_that_is_made_while_the_registry_closes_is_closed_by_either() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let maker = thread::spawn({
+            let registry = registry.clone();
+            move || {
+                let set = set(&registry);
+                let accepted = enter(&set).map(complete).is_ok();
+                set.end(End::Completed);
+                accepted
+            }
+        });
+        registry.close();
+        block_on(registry.wait());
+        let spawned = registry.snapshot().totals.spawned;
+        let accepted = maker.join().unwrap();
+        assert_eq!(registry.snapshot().totals.spawned, spawned);
+        assert_exact(&registry, 1, u64::from(!accepted), 0);
+        accepted
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+/// Never ready. Tells how often it was polled.
+struct Forever<'a>(&'a Cell<u32>);
+
+impl Future for Forever<'_> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<()> {
+        self.0.set(self.0.get() + 1);
+        Poll::Pending
+    }
+}
+
+#[test]
+fn a_task_that_awaits_while_it_is_told_to_end_ends() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new().at_end(AtEnd::Cancel);
+        let set = set(&registry);
+        let member = enter(&set).unwrap();
+        let task = thread::spawn(move || {
+            let polled = Cell::new(0);
+            // A lost wake-up would be a hang, which loom reports.
+            let result = block_on(Tracked::new(Forever(&polled), member));
+            assert!(matches!(result, Err(TaskError::Cancelled(Cause::Disconnected))));
+            polled.get()
+        });
+        set.end(End::Disconnected);
+        let polled = task.join().unwrap();
+        let counts = registry.snapshot().totals;
+        assert!(counts.is_exact() && counts.cancelled == 1, "{counts:?}");
+        assert_eq!(registry.sets_listed(), 0);
+        // loom's executor polls more often than it must.
+        polled > 0
+    });
+    assert_eq!(seen, [false, true], "told before its first poll, and after");
+}
+
+#[test]
+fn a_spawn_that_races_a_cancellation_is_refused_or_cancelled() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let spawner = thread::spawn({
+            let set = set.clone();
+            move || {
+                let polled = Cell::new(0);
+                let Ok(member) = enter(&set) else { return false };
+                let result = block_on(Tracked::new(Forever(&polled), member));
+                assert!(matches!(result, Err(TaskError::Cancelled(Cause::Requested))));
+                true
+            }
+        });
+        set.cancel(Cause::Requested);
+        let accepted = spawner.join().unwrap();
+        assert_exact(&registry, 1, u64::from(!accepted), 0);
+        accepted
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn who_waits_for_the_last_task_is_woken_by_it() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let member = enter(&set).unwrap();
+        let task = thread::spawn(move || complete(member));
+        let had_to_wait = set.len() > 0;
+        block_on(set.idle());
+        assert_eq!(set.len(), 0);
+        task.join().unwrap();
+        had_to_wait
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn two_last_tasks_let_go_of_the_set_once() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let (first, second) = (enter(&set).unwrap(), enter(&set).unwrap());
+        let task = thread::spawn(move || complete(first));
+        complete(second);
+        set.end(End::Completed);
+        let was_listed = registry.sets_listed() == 1;
+        task.join().unwrap();
+        assert_eq!(registry.sets_listed(), 0);
+        assert_eq!(registry.snapshot().totals.completed, 2, "each is counted once");
+        was_listed
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn a_late_cancellation_does_not_hit_the_next_task_in_the_same_place() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let Ok((first, canceller)) = set.enter(&plan(), None) else { panic!("it is open") };
+        let canceller = thread::spawn(move || canceller.cancel());
+        complete(first);
+        let second = enter(&set).unwrap();
+        let (slot, in_time) = (second.slot, set.has_orders());
+        canceller.join().unwrap();
+        assert_eq!(set.order(slot), None);
+        complete(second);
+        in_time
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn a_set_of_the_registry_that_just_emptied_is_replaced_by_another() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let first = registry.own_set().unwrap();
+        let member = enter(&first).unwrap();
+        let task = thread::spawn(move || complete(member));
+        let second = loop {
+            let set = registry.own_set().unwrap();
+            match set.enter(&plan(), None) {
+                Ok((member, _)) => {
+                    complete(member);
+                    break set;
+                }
+                Err(Refusal::Gone) => {}
+                Err(Refusal::Because(reason)) => panic!("refused: {reason}"),
+            }
+        };
+        task.join().unwrap();
+        assert_exact(&registry, 2, 0, 0);
+        assert_eq!(registry.sets_listed(), 0);
+        Arc::ptr_eq(&first, &second)
+    });
+    assert_eq!(seen, [false, true], "in the first one, and in another");
+}
+
+#[test]
+fn a_snapshot_while_a_set_goes_over_counts_it_once() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let member = enter(&set).unwrap();
+        let task = thread::spawn(move || {
+            complete(member);
+            set.end(End::Completed);
+        });
+        let counts = registry.snapshot().totals;
+        assert!(counts.is_exact(), "{counts:?}");
+        assert_eq!(counts.spawned, 1);
+        task.join().unwrap();
+        assert_exact(&registry, 1, 0, 0);
+        counts.live
+    });
+    assert_eq!(seen, [0, 1]);
+}

@@ -1,5 +1,6 @@
 use std::{cell::Cell, sync::Arc};
 
+use tower_request_context::RequestContext;
 use tower_response_end::{End, Watch};
 
 use crate::{
@@ -54,7 +55,12 @@ pub(crate) fn current() -> Option<Arc<Set>> {
         }
         let layer = here.layer.take()?;
         here.layer.set(Some(layer.clone()));
-        let set = Set::new(layer);
+        // May be the code of others, who may ask for the set too.
+        let context = RequestContext::current();
+        if let Some(set) = here.look(Clone::clone) {
+            return Some(set);
+        }
+        let set = Set::new(layer, context);
         here.set.set(Some(set.clone()));
         Some(set)
     })
@@ -75,6 +81,7 @@ pub(crate) fn slot_in(set: &Arc<Set>) -> Option<u32> {
 }
 
 /// A task moves its set and slot in, and what was there out. Done twice, all is as before.
+#[inline]
 pub(crate) fn swap_task(set: &mut Option<Arc<Set>>, slot: &mut u32) {
     // In a thread that is ending nothing is current, and nothing can ask for it.
     let _ = HERE.try_with(|here| {

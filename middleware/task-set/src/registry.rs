@@ -206,6 +206,16 @@ impl TaskRegistry {
         &self.0.owner
     }
 
+    #[cfg(all(test, loom))]
+    pub(crate) fn own_set(&self) -> Option<Arc<Set>> {
+        self.owner().own_set(&self.0)
+    }
+
+    #[cfg(all(test, loom))]
+    pub(crate) fn sets_listed(&self) -> usize {
+        self.owner().sets().len()
+    }
+
     fn choose(&mut self) -> &mut Config {
         Arc::make_mut(&mut self.0)
     }
@@ -290,7 +300,7 @@ pub(crate) struct Place {
 }
 
 impl Owner {
-    const SHARDS: usize = 8;
+    const SHARDS: usize = if cfg!(loom) { 1 } else { 8 };
 
     /// Makes a set and takes it in.
     pub(crate) fn add(

@@ -428,18 +428,24 @@ impl Lifetime {
         Self { at_end, until, key: None }
     }
 
-    /// The lifetime of a task that is spawned by one with this lifetime after the response.
-    fn of_child(self, chosen: AtEnd) -> Option<Self> {
+    /// The lifetime of a task that is spawned by one with this lifetime, after the response.
+    fn of_child(self, chosen: Option<AtEnd>) -> Result<Self, SpawnError> {
         let child = match chosen {
-            AtEnd::Cancel => return None,
-            AtEnd::Drain(_) | AtEnd::Keep => Self::begin(chosen),
+            None => return Ok(self.inherited()),
+            Some(AtEnd::Cancel) => return Err(SpawnError::Closed),
+            Some(chosen) => Self::begin(chosen),
         };
-        let later = match (child.until, self.until) {
+        let is_longer = match (child.until, self.until) {
             (Some(child), Some(parent)) => child > parent,
             (None, Some(_)) => true,
             (_, None) => false,
         };
-        Some(if later { Self { key: None, ..self } } else { child })
+        Ok(if is_longer { self.inherited() } else { child })
+    }
+
+    /// The same, for another task.
+    fn inherited(self) -> Self {
+        Self { key: None, ..self }
     }
 
     fn is_over(&self) -> bool {
@@ -477,8 +483,7 @@ impl Habitat {
 
 impl Set {
     /// Of a request.
-    pub(crate) fn new(layer: Arc<Config>) -> Arc<Self> {
-        let context = RequestContext::current();
+    pub(crate) fn new(layer: Arc<Config>, context: RequestContext) -> Arc<Self> {
         let handle = layer.runtime.clone().or_else(|| Handle::try_current().ok());
         let owner = layer.owner.clone();
         owner.add(handle, |place, runtime, closed| {
@@ -636,13 +641,10 @@ impl Set {
                 return Err(SpawnError::Closed);
             }
             let own = inner.extras.get(&parent).and_then(|extra| extra.lifetime);
-            let chosen = plan.policy().and_then(|policy| policy.get(end));
-            lifetime = match (chosen, own.or(inner.lifetime)) {
-                (Some(chosen), Some(parent)) => {
-                    Some(parent.of_child(chosen).ok_or(SpawnError::Closed)?)
-                }
+            lifetime = match (plan.policy(), own.or(inner.lifetime)) {
+                (Some(policy), Some(parent)) => Some(parent.of_child(policy.get(end))?),
                 // It lives as its parent does, or as all others do.
-                _ => own.map(|own| Lifetime { key: None, ..own }),
+                _ => own.map(Lifetime::inherited),
             };
         }
         if let Some(limit) = &self.config.limit {
@@ -668,7 +670,8 @@ impl Set {
         let timeout = plan.choice.as_ref().and_then(|choice| choice.timeout);
         let timeout = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         Extra {
-            policy: plan.policy().cloned(),
+            // What belongs to no request is kept.
+            policy: plan.policy().filter(|_| !self.own).cloned(),
             lifetime,
             timeout: self.note(runtime, timeout, Who::Task(slot)),
             trace_id: home.as_ref().and_then(|home| home.scope.trace_id()),
@@ -836,7 +839,7 @@ impl Set {
             return false;
         }
         if !span.is_disabled() {
-            span.with_subscriber(|(id, subscriber)| subscriber.enter(id));
+            drop(catch(|| span.with_subscriber(|(id, subscriber)| subscriber.enter(id))));
             self.lock().extras.entry(slot).or_default().span = Some(span);
         }
         true
@@ -847,9 +850,13 @@ impl Set {
         let mut scope = Scope::default();
         scope.swap();
         let span = self.lock().extras.get_mut(&slot).and_then(|extra| extra.span.take());
-        if let Some(span) = span {
-            span.with_subscriber(|(id, subscriber)| subscriber.exit(id));
-        }
+        // A subscriber and values: the code of others.
+        drop(catch(|| {
+            if let Some(span) = span {
+                span.with_subscriber(|(id, subscriber)| subscriber.exit(id));
+            }
+            drop(scope);
+        }));
     }
 
     /// The task has ended, and its destructors have run.
@@ -1054,7 +1061,9 @@ impl Set {
     /// The registry has another for the tasks that belong to no request.
     pub(crate) fn disown(self: &Arc<Self>) {
         let mut inner = self.lock();
-        inner.stage = Stage::Gone;
+        if inner.stage == Stage::Counting {
+            inner.stage = Stage::Gone;
+        }
         let over = inner.is_over(self.own);
         drop(inner);
         self.settle(over, false);
@@ -1296,5 +1305,53 @@ impl Reading {
         for (kind, live) in self.kinds.into_iter().zip(live) {
             snapshot.add(kind.name, kind.counts(live));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_waiting_task_costs_its_set_24_bytes() {
+        assert_eq!(size_of::<Entry>(), 24);
+    }
+
+    #[test]
+    fn a_set_folds_its_counts_before_they_overflow() {
+        let registry = TaskRegistry::new();
+        let set = Set::new(registry.config().clone(), RequestContext::new());
+        let plan = Plan::new("task", Location::caller());
+        let (first, _) = set.enter(&plan, None).expect("it is open");
+        let nearly = u64::from(u32::MAX / 2) - 2;
+        set.lock().kinds[0].attempted += u32::try_from(nearly).expect("fits");
+        set.lock().kinds[0].refused += u32::try_from(nearly).expect("fits");
+
+        let members: Vec<_> = (0..5).map(|_| set.enter(&plan, None).expect("open").0).collect();
+        let counts = registry.snapshot().totals;
+        assert!(counts.is_exact(), "{counts:?}");
+        assert_eq!((counts.attempted, counts.live), (nearly + 6, 6));
+        assert!(set.lock().kinds[0].attempted < 10, "what is over was moved out");
+
+        drop((first, members));
+        set.end(End::Completed);
+        let counts = registry.snapshot().totals;
+        assert!(counts.is_exact(), "{counts:?}");
+        assert_eq!((counts.attempted, counts.aborted, counts.live), (nearly + 6, 6, 0));
+    }
+
+    #[test]
+    fn many_kinds_in_one_set_are_told_apart() {
+        let registry = TaskRegistry::new();
+        let set = Set::new(registry.config().clone(), RequestContext::new());
+        let site = Location::caller();
+        let names: Vec<&'static str> =
+            (0..100).map(|n| &*Box::leak(n.to_string().into_boxed_str())).collect();
+        for name in names.iter().chain(&names) {
+            drop(set.enter(&Plan::new(name, site), None).expect("it is open"));
+        }
+        let by_name = registry.snapshot().by_name;
+        assert_eq!(by_name.len(), 100);
+        assert!(by_name.values().all(|counts| counts.spawned == 2));
     }
 }

@@ -12,7 +12,10 @@ use pin_project_lite::pin_project;
 use tower_catch_unwind::{Panic, catch};
 use tower_response_end::End;
 
-use crate::{place, set::Set};
+use crate::{
+    place,
+    set::{Habitat, Set},
+};
 
 /// Why a task was told to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -240,38 +243,39 @@ impl Member {
     /// Polls the task's future: in its set, context and span; a panic is caught and told.
     fn poll<R>(&mut self, poll: impl FnOnce() -> R) -> Result<R, Panic> {
         let mut habitat = self.set().habitat(self.slot, self.extra);
-        let result = habitat.enter(|| self.poll_in_set(poll));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            habitat.enter(|| {
+                let _inside = Inside::enter(self);
+                poll()
+            })
+        }));
+        let result = result.map_err(|payload| self.tell(payload, &mut habitat));
         self.extra |= self.set().keep(self.slot, habitat);
         result
-    }
-
-    fn poll_in_set<R>(&mut self, poll: impl FnOnce() -> R) -> Result<R, Panic> {
-        self.swap();
-        let result = catch_unwind(AssertUnwindSafe(poll));
-        self.swap();
-        result.map_err(|payload| self.tell(payload))
     }
 
     /// Out of line: it is rare, and there is one for each type of future otherwise.
     #[cold]
     #[inline(never)]
-    fn tell(&self, payload: Box<dyn Any + Send>) -> Panic {
-        let set = self.set();
-        let (name, site) = set.name_and_site(self.slot);
-        let panic = Panic::new(payload).in_task(name, site);
-        // The subscriber is the user's code.
+    fn tell(&self, payload: Box<dyn Any + Send>, habitat: &mut Habitat) -> Panic {
+        let (name, site) = self.set().name_and_site(self.slot);
+        let mut panic = None;
+        // The subscriber is the code of others.
         drop(catch(|| {
-            tracing::error!(
-                task = name,
-                spawned_at = %site,
-                panic = panic.message(),
-                thread = panic.thread(),
-                trace_id = panic.trace_id().map(tracing::field::display),
-                request_id = panic.request_id().map(tracing::field::display),
-                "task panicked"
-            );
+            habitat.enter(|| {
+                let panic = panic.insert(Panic::new(payload).in_task(name, site));
+                tracing::error!(
+                    task = name,
+                    spawned_at = %site,
+                    panic = panic.message(),
+                    thread = panic.thread(),
+                    trace_id = panic.trace_id().map(tracing::field::display),
+                    request_id = panic.request_id().map(tracing::field::display),
+                    "task panicked"
+                );
+            });
         }));
-        panic
+        panic.unwrap_or_else(|| Panic::new(Box::new("(of the subscriber)")).in_task(name, site))
     }
 
     /// The task has come to an await. The waker is registered once, and then looked again for an
@@ -295,6 +299,22 @@ impl Member {
         let in_scope = set.enter_drop(self.slot, self.extra);
         self.phase = Phase::Dropping { unwinding: thread::panicking(), in_scope };
         self.swap();
+    }
+}
+
+/// While it lives, the task's code runs.
+struct Inside<'a>(&'a mut Member);
+
+impl<'a> Inside<'a> {
+    fn enter(member: &'a mut Member) -> Self {
+        member.swap();
+        Self(member)
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.swap();
     }
 }
 
@@ -439,7 +459,28 @@ pub(crate) struct Canceller {
 }
 
 impl Canceller {
-    fn cancel(&self) {
+    pub(crate) fn cancel(&self) {
         self.set.cancel_task(self.slot, self.generation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_is_16_bytes_larger_than_its_future() {
+        assert_eq!(size_of::<Member>(), 16);
+        assert_eq!(size_of::<Tracked<[u8; 1]>>(), 24);
+        assert_eq!(size_of::<Tracked<[u64; 2]>>(), 32);
+        assert_eq!(size_of::<Tracked<[u64; 19]>>(), 168);
+        assert_eq!(size_of::<TaskHandle<()>>(), 24);
+    }
+
+    #[test]
+    fn an_error_does_not_make_a_task_larger() {
+        assert!(size_of::<TaskError>() <= 16);
+        type Stored<T> = Result<T, tokio::task::JoinError>;
+        assert_eq!(size_of::<Stored<Result<(), TaskError>>>(), size_of::<Stored<()>>());
     }
 }
