@@ -2,6 +2,7 @@ use std::{
     any::{Any, TypeId},
     cell::Cell,
     fmt,
+    mem::ManuallyDrop,
     panic::Location,
     pin::Pin,
     sync::Arc,
@@ -15,11 +16,31 @@ use crate::TraceId;
 
 #[cfg(not(loom))]
 thread_local! {
-    static HERE: Cell<Scope> = const { Cell::new(Scope { context: RequestContext::new(), task: None }) };
+    static HERE: Here = const { Here::new() };
 }
 #[cfg(loom)]
 loom::thread_local! {
-    static HERE: Cell<Scope> = Cell::new(Scope { context: RequestContext::new(), task: None });
+    static HERE: Here = Here::new();
+}
+
+/// The parts of the current [`Scope`], apart so that a look at one does not move the other.
+///
+/// Whoever moves a context in moves it out again, so nothing is dropped with the thread: a
+/// thread-local without a destructor needs no look at its state, and is there to the very end.
+struct Here {
+    context: Cell<ManuallyDrop<RequestContext>>,
+    task: Cell<Option<Task>>,
+}
+
+impl Here {
+    const fn new() -> Self {
+        Self { context: Cell::new(ManuallyDrop::new(RequestContext::new())), task: Cell::new(None) }
+    }
+
+    #[inline]
+    fn replace(&self, context: RequestContext) -> RequestContext {
+        ManuallyDrop::into_inner(self.context.replace(ManuallyDrop::new(context)))
+    }
 }
 
 /// The values of one request.
@@ -264,10 +285,11 @@ impl Scope {
     }
 
     /// Exchanges this scope with the current one. Whoever calls it calls it again.
-    ///
-    /// Where a thread is so far gone that it has no current scope any more, nothing happens.
     pub fn swap(&mut self) {
-        let _ = HERE.try_with(|here| *self = here.replace(std::mem::take(self)));
+        HERE.with(|here| {
+            self.context = here.replace(std::mem::take(&mut self.context));
+            self.task = here.task.replace(self.task);
+        });
     }
 
     /// Whether nothing is current in it: it has no values.
@@ -277,9 +299,15 @@ impl Scope {
 
     /// The current context, if there is one and it is not `context`. When it is, which is what
     /// happens most, this counts no reference.
+    #[inline]
     pub fn other_than(context: &RequestContext) -> Option<RequestContext> {
-        let other = Self::with_current(|here| !here.is_empty() && !here.context.ptr_eq(context));
-        other.then(RequestContext::current)
+        let is_other = HERE.with(|here| {
+            let current = here.replace(RequestContext::new());
+            let is_other = !current.is_empty() && !current.ptr_eq(context);
+            here.replace(current);
+            is_other
+        });
+        is_other.then(RequestContext::current)
     }
 
     fn with_current<R>(f: impl FnOnce(&mut Self) -> R) -> R {

@@ -1,4 +1,4 @@
-use std::{cell::Cell, sync::Arc};
+use std::{cell::Cell, mem::ManuallyDrop, sync::Arc};
 
 use tower_request_context::RequestContext;
 use tower_response_end::{End, Watch};
@@ -22,12 +22,15 @@ loom::thread_local! {
 /// Whoever runs a request's code, its response or one of its tasks, *moves* its set in before and
 /// out after: no reference is counted and nothing is allocated. The set of a request is made when
 /// something in it first asks, and the response then finds it in its hands.
+///
+/// As everything is moved out again, nothing is dropped with the thread: a thread-local without a
+/// destructor needs no look at its state.
 struct Here {
-    set: Cell<Option<Arc<Set>>>,
-    /// Which task of the set this is.
-    slot: Cell<u32>,
+    set: Cell<Option<ManuallyDrop<Arc<Set>>>>,
     /// What to make the set with if there is none yet.
-    layer: Cell<Option<Arc<Config>>>,
+    layer: Cell<Option<ManuallyDrop<Arc<Config>>>>,
+    /// Which task of the set this is, if it is one.
+    slot: Cell<u32>,
 }
 
 /// No task: the response's own code.
@@ -35,67 +38,98 @@ const NO_SLOT: u32 = u32::MAX;
 
 impl Here {
     const fn new() -> Self {
-        Self { set: Cell::new(None), slot: Cell::new(NO_SLOT), layer: Cell::new(None) }
+        Self { set: Cell::new(None), layer: Cell::new(None), slot: Cell::new(NO_SLOT) }
     }
 
-    fn look<R>(&self, f: impl FnOnce(&Option<Arc<Set>>) -> R) -> R {
-        // No code of others runs meanwhile, so nobody can find it empty.
-        let set = self.set.take();
-        let result = f(&set);
-        self.set.set(set);
+    #[inline]
+    fn replace_set(&self, set: Option<Arc<Set>>) -> Option<Arc<Set>> {
+        self.set.replace(set.map(ManuallyDrop::new)).map(ManuallyDrop::into_inner)
+    }
+
+    #[inline]
+    fn replace_layer(&self, layer: Option<Arc<Config>>) -> Option<Arc<Config>> {
+        self.layer.replace(layer.map(ManuallyDrop::new)).map(ManuallyDrop::into_inner)
+    }
+
+    /// No code of others may run in `f`: it would find no set.
+    #[inline]
+    fn look<R>(&self, f: impl FnOnce(&mut Option<Arc<Set>>) -> R) -> R {
+        let mut set = self.replace_set(None);
+        let result = f(&mut set);
+        self.replace_set(set);
         result
+    }
+
+    fn layer(&self) -> Option<Arc<Config>> {
+        let layer = self.replace_layer(None);
+        self.replace_layer(layer.clone());
+        layer
     }
 }
 
 /// The set that is current, made now if it is the first time that one is asked for.
 pub(crate) fn current() -> Option<Arc<Set>> {
-    HERE.try_with(|here| {
-        if let Some(set) = here.look(Clone::clone) {
+    HERE.with(|here| {
+        if let Some(set) = here.look(|set| set.clone()) {
             return Some(set);
         }
-        let layer = here.layer.take()?;
-        here.layer.set(Some(layer.clone()));
+        let layer = here.layer()?;
         // May be the code of others, who may ask for the set too.
         let context = RequestContext::current();
-        if let Some(set) = here.look(Clone::clone) {
-            return Some(set);
-        }
-        let set = Set::new(layer, context);
-        here.set.set(Some(set.clone()));
-        Some(set)
+        Some(here.look(|set| set.get_or_insert_with(|| Set::new(layer, context)).clone()))
     })
-    .ok()
-    .flatten()
 }
 
 /// Whether `set` is the current one.
+#[inline]
 pub(crate) fn is_current(set: &Arc<Set>) -> bool {
-    HERE.try_with(|here| here.look(|here| here.as_ref().is_some_and(|here| Arc::ptr_eq(here, set))))
-        .unwrap_or(false)
+    HERE.with(|here| here.look(|here| here.as_ref().is_some_and(|here| Arc::ptr_eq(here, set))))
 }
 
 /// Which task of `set` runs here, if one does.
 pub(crate) fn slot_in(set: &Arc<Set>) -> Option<u32> {
-    let slot = HERE.try_with(|here| here.slot.get()).unwrap_or(NO_SLOT);
+    let slot = HERE.with(|here| here.slot.get());
     (slot != NO_SLOT && is_current(set)).then_some(slot)
 }
 
-/// A task moves its set and slot in, and what was there out. Done twice, all is as before.
-#[inline]
-pub(crate) fn swap_task(set: &mut Option<Arc<Set>>, slot: &mut u32) {
-    // In a thread that is ending nothing is current, and nothing can ask for it.
-    let _ = HERE.try_with(|here| {
-        *set = here.set.replace(set.take());
-        *slot = here.slot.replace(*slot);
-    });
+/// What was current before a task's code ran.
+pub(crate) struct Outside {
+    set: Option<Arc<Set>>,
+    slot: u32,
+}
+
+impl Outside {
+    /// Moves a task in.
+    #[inline]
+    pub(crate) fn enter(set: Option<Arc<Set>>, slot: u32) -> Self {
+        HERE.with(|here| Self { set: here.replace_set(set), slot: here.slot.replace(slot) })
+    }
+
+    /// Moves it out.
+    #[inline]
+    pub(crate) fn leave(self) -> Option<Arc<Set>> {
+        HERE.with(|here| {
+            here.slot.set(self.slot);
+            here.replace_set(self.set)
+        })
+    }
+
+    /// That nothing was: what a task that is dropped by its runtime finds.
+    pub(crate) const fn nowhere() -> Self {
+        Self { set: None, slot: NO_SLOT }
+    }
+
+    pub(crate) const fn is_nowhere(&self) -> bool {
+        self.set.is_none()
+    }
 }
 
 /// The life of one response, as [`Watch`]ed by the task-set layer.
 #[derive(Debug)]
 pub struct ResponseScope {
     set: Option<Arc<Set>>,
-    slot: u32,
     layer: Option<Arc<Config>>,
+    slot: u32,
     /// A layer of the same registry is outside: the set is its.
     nested: bool,
 }
@@ -109,7 +143,7 @@ impl ResponseScope {
             }
         }
         let layer = (!nested).then(|| layer.clone());
-        Self { set: None, slot: NO_SLOT, layer, nested }
+        Self { set: None, layer, slot: NO_SLOT, nested }
     }
 
     /// The set, now.
@@ -117,29 +151,28 @@ impl ResponseScope {
         self.enter(current)
     }
 
+    #[inline]
     fn swap(&mut self) {
-        let _ = HERE.try_with(|here| {
-            self.set = here.set.replace(self.set.take());
+        HERE.with(|here| {
+            self.set = here.replace_set(self.set.take());
+            self.layer = here.replace_layer(self.layer.take());
             self.slot = here.slot.replace(self.slot);
-            self.layer = here.layer.replace(self.layer.take());
         });
     }
 }
 
 /// Whether the current set is, or would be, of this registry.
+#[inline]
 fn is_owned_by(owner: &Arc<Owner>) -> bool {
-    HERE.try_with(|here| {
-        here.look(|set| match set {
-            Some(set) => Arc::ptr_eq(set.owner(), owner),
-            None => {
-                let layer = here.layer.take();
-                let owned = layer.as_ref().is_some_and(|layer| Arc::ptr_eq(&layer.owner, owner));
-                here.layer.set(layer);
-                owned
-            }
+    HERE.with(|here| {
+        let set = here.look(|set| set.as_ref().map(|set| Arc::ptr_eq(set.owner(), owner)));
+        set.unwrap_or_else(|| {
+            let layer = here.replace_layer(None);
+            let is_owned = layer.as_ref().is_some_and(|layer| Arc::ptr_eq(&layer.owner, owner));
+            here.replace_layer(layer);
+            is_owned
         })
     })
-    .unwrap_or(false)
 }
 
 impl Watch for ResponseScope {
@@ -161,7 +194,7 @@ impl Watch for ResponseScope {
     fn end(&mut self, end: End) {
         // From now on no set can be made any more.
         self.layer = None;
-        if let Some(set) = self.set.as_ref() {
+        if let Some(set) = &self.set {
             set.end(end);
         }
     }

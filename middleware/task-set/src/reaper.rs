@@ -1,6 +1,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, PoisonError},
+    time::Duration,
 };
 
 use tokio::{
@@ -14,9 +15,12 @@ use crate::set::Set;
 
 /// How many tasks are told between two yields.
 const BATCH: usize = 128;
+/// How long the reaper stays without a deadline. Most deadlines are met, and to be gone at once
+/// would cost the next request a spawn.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// A runtime that tasks of a registry run on, and the one task on it, the reaper, that keeps all
-/// their deadlines. It sleeps until the next one, and is gone when there is none.
+/// their deadlines. It sleeps until the next one, and is gone soon after there is none.
 #[derive(Debug)]
 pub(crate) struct Runtime {
     pub(crate) handle: Handle,
@@ -30,6 +34,8 @@ struct Due {
     deadlines: BTreeMap<Key, (Arc<Set>, Who)>,
     next_id: u64,
     reaper: Reaper,
+    /// What the reaper sleeps for, if it does.
+    alarm: Option<Instant>,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -103,9 +109,7 @@ impl Runtime {
                 let reap = Reap { runtime: self.clone(), retired: false }.run();
                 drop(self.handle.spawn(reap));
             }
-            Reaper::Running
-                if due.deadlines.first_key_value().is_some_and(|(at, _)| *at == key) =>
-            {
+            Reaper::Running if due.alarm.is_some_and(|alarm| key.0 < alarm) => {
                 drop(due);
                 self.sooner.notify_one();
             }
@@ -127,10 +131,11 @@ struct Reap {
 
 impl Reap {
     async fn run(mut self) {
+        let mut idle_since = None;
         loop {
             let now = Instant::now();
             let mut over = Vec::new();
-            let next = {
+            let alarm = {
                 let mut due = self.runtime.lock();
                 while let Some(entry) = due.deadlines.first_entry() {
                     if entry.key().0 > now || over.len() == BATCH {
@@ -139,17 +144,20 @@ impl Reap {
                     over.push(entry.remove_entry());
                 }
                 let next = due.deadlines.first_key_value().map(|((at, _), _)| *at);
-                if next.is_none() && over.is_empty() {
+                due.alarm = over.is_empty().then(|| {
+                    idle_since = next.is_none().then(|| idle_since.unwrap_or(now));
+                    next.map_or(now + LINGER, |next| next.min(now + LINGER))
+                });
+                if idle_since.is_some_and(|since| now >= since + LINGER) {
                     due.reaper = Reaper::Gone;
                     self.retired = true;
                     return;
                 }
-                next
+                due.alarm
             };
-            if over.is_empty() {
-                let next = next.unwrap_or(now);
+            if let Some(alarm) = alarm {
                 // A runtime without a time driver panics here, and there is no way to ask it.
-                let Ok(sleep) = catch(|| sleep_until(next)) else {
+                let Ok(sleep) = catch(|| sleep_until(alarm)) else {
                     return self.no_time();
                 };
                 let mut sleep = std::pin::pin!(sleep);

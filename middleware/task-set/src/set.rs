@@ -374,8 +374,8 @@ struct Entry {
     generation: u16,
 }
 
-/// Of `Entry::since`: 16 ms, so that it lasts for two years.
-const TICK_MS: u32 = 16;
+/// Of `Entry::since`: in a second, so that it lasts for two years.
+const TICKS: u32 = 64;
 /// As `Entry::kind`: nobody is here.
 const FREE: u16 = u16::MAX;
 /// So many kinds a set tells apart; what is more is counted as one other.
@@ -454,30 +454,26 @@ impl Lifetime {
 }
 
 /// Where a task runs, besides in its set.
-pub(crate) enum Habitat {
-    /// Nowhere: there is no context.
-    Set,
-    /// In the context of the set, or in what it inherits from that.
-    Context(Scope),
-    /// In one of its own.
-    Home(Box<Home>),
-}
-
+#[derive(Default)]
 pub(crate) struct Home {
     scope: Scope,
-    span: Span,
+    span: Option<Span>,
 }
 
-impl Habitat {
-    pub(crate) fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
-        match self {
-            Self::Set => f(),
-            Self::Context(scope) => scope.enter(f),
-            Self::Home(home) => {
-                let _entered = home.span.enter();
-                home.scope.enter(f)
-            }
+impl Home {
+    fn enter(&mut self) {
+        self.scope.swap();
+        if let Some(span) = &self.span {
+            // A subscriber is the code of others.
+            drop(catch(|| span.with_subscriber(|(id, subscriber)| subscriber.enter(id))));
         }
+    }
+
+    fn leave(&mut self) {
+        if let Some(span) = &self.span {
+            drop(catch(|| span.with_subscriber(|(id, subscriber)| subscriber.exit(id))));
+        }
+        self.scope.swap();
     }
 }
 
@@ -559,10 +555,18 @@ impl Set {
 
     /// After a change that may have been the last: counts the set as over, or moves counts out
     /// that are about to overflow.
+    #[inline]
     fn settle(self: &Arc<Self>, over: bool, full: bool) {
+        if over || full {
+            self.settle_now(over);
+        }
+    }
+
+    #[inline(never)]
+    fn settle_now(self: &Arc<Self>, over: bool) {
         if over {
             self.owner().retire(self);
-        } else if full {
+        } else {
             self.owner().fold(self);
         }
     }
@@ -579,6 +583,7 @@ impl Set {
     }
 
     /// Takes a task in without looking for a runtime to run it.
+    #[inline]
     pub(crate) fn enter(
         self: &Arc<Self>,
         plan: &Plan,
@@ -601,52 +606,57 @@ impl Set {
         let full = count.is_full();
         inner.live += 1;
         let (slot, generation) = inner.take_slot(kind);
-        let observer = self.config.observer.as_deref();
-        let has_extra =
-            plan.choice.is_some() || lifetime.is_some() || home.is_some() || observer.is_some();
-        let wind = has_extra.then(|| {
-            let extra = self.new_extra(plan, runtime, slot, lifetime, home);
-            let keys = [extra.timeout, extra.lifetime.and_then(|lifetime| lifetime.key)];
-            inner.extras.insert(slot, extra);
-            keys.into_iter().flatten().min()
-        });
-        drop(inner);
-        if let (Some(Some(key)), Some(runtime)) = (wind, runtime) {
-            runtime.wind(key);
+        let observed = self.config.observer.is_some();
+        let has_extra = plan.choice.is_some() || lifetime.is_some() || home.is_some() || observed;
+        if has_extra {
+            self.enter_with(inner, plan, runtime, slot, lifetime, home);
+        } else {
+            drop(inner);
         }
         self.settle(false, full);
-        if let Some(observer) = observer {
-            let event = TaskEvent::Started { name: plan.name, site: plan.site };
-            drop(catch(|| observer.observe(&event)));
-        }
         let canceller = Canceller { set: self.clone(), slot, generation };
         Ok((Member::new(self.clone(), slot, has_extra), canceller))
     }
 
+    /// The rest of it, for a task that the set knows more of.
+    #[inline(never)]
+    fn enter_with(
+        self: &Arc<Self>,
+        mut inner: MutexGuard<'_, Inner>,
+        plan: &Plan,
+        runtime: Option<&Arc<Runtime>>,
+        slot: u32,
+        lifetime: Option<Box<Lifetime>>,
+        home: Option<Box<Home>>,
+    ) {
+        let extra = self.new_extra(plan, runtime, slot, lifetime, home);
+        let keys = [extra.timeout, extra.lifetime.and_then(|lifetime| lifetime.key)];
+        inner.extras.insert(slot, extra);
+        drop(inner);
+        if let (Some(key), Some(runtime)) = (keys.into_iter().flatten().min(), runtime) {
+            runtime.wind(key);
+        }
+        if let Some(observer) = &self.config.observer {
+            let event = TaskEvent::Started { name: plan.name, site: plan.site };
+            drop(catch(|| observer.observe(&event)));
+        }
+    }
+
     /// Whether the task may, with a permit taken; and the lifetime of its own that it has from the
     /// task that spawns it, if it has.
+    #[inline]
     fn may_enter(
         self: &Arc<Self>,
         inner: &Inner,
         plan: &Plan,
-    ) -> Result<Option<Lifetime>, SpawnError> {
+    ) -> Result<Option<Box<Lifetime>>, SpawnError> {
         if inner.closed || inner.cancelled || inner.stage != Stage::Counting {
             return Err(SpawnError::Closed);
         }
-        let mut lifetime = None;
-        if let Some(end) = inner.end {
-            // A task that may still run may still spawn.
-            let parent = place::slot_in(self).ok_or(SpawnError::Closed)?;
-            if inner.order(parent).is_some() {
-                return Err(SpawnError::Closed);
-            }
-            let own = inner.extras.get(&parent).and_then(|extra| extra.lifetime);
-            lifetime = match (plan.policy(), own.or(inner.lifetime)) {
-                (Some(policy), Some(parent)) => Some(parent.of_child(policy.get(end))?),
-                // It lives as its parent does, or as all others do.
-                _ => own.map(Lifetime::inherited),
-            };
-        }
+        let lifetime = match inner.end {
+            None => None,
+            Some(end) => self.may_enter_late(inner, plan, end)?,
+        };
         if let Some(limit) = &self.config.limit {
             if !self.own && inner.live as usize >= limit.limit_per_request() {
                 return Err(SpawnError::Full);
@@ -656,14 +666,36 @@ impl Set {
         Ok(lifetime)
     }
 
+    /// After the response: a task that may still run may still spawn.
+    #[inline(never)]
+    fn may_enter_late(
+        self: &Arc<Self>,
+        inner: &Inner,
+        plan: &Plan,
+        end: End,
+    ) -> Result<Option<Box<Lifetime>>, SpawnError> {
+        let parent = place::slot_in(self).ok_or(SpawnError::Closed)?;
+        if inner.order(parent).is_some() {
+            return Err(SpawnError::Closed);
+        }
+        let own = inner.extras.get(&parent).and_then(|extra| extra.lifetime);
+        let lifetime = match (plan.policy(), own.or(inner.lifetime)) {
+            (Some(policy), Some(parent)) => Some(parent.of_child(policy.get(end))?),
+            // It lives as its parent does, or as all others do.
+            _ => own.map(Lifetime::inherited),
+        };
+        Ok(lifetime.map(Box::new))
+    }
+
     fn new_extra(
         self: &Arc<Self>,
         plan: &Plan,
         runtime: Option<&Arc<Runtime>>,
         slot: u32,
-        mut lifetime: Option<Lifetime>,
+        lifetime: Option<Box<Lifetime>>,
         home: Option<Box<Home>>,
     ) -> Extra {
+        let mut lifetime = lifetime.map(|lifetime| *lifetime);
         if let Some(lifetime) = &mut lifetime {
             lifetime.key = self.note(runtime, lifetime.until, Who::Task(slot));
         }
@@ -722,26 +754,32 @@ impl Set {
 
     /// The context and the span of a new task, if they are not just the set's context or what is
     /// inherited from it when somebody asks.
+    #[inline]
     fn new_home(&self, plan: &Plan) -> Option<Box<Home>> {
         let elsewhere = Scope::other_than(&self.context);
+        if elsewhere.is_none() && !self.context.inherits() {
+            return None;
+        }
+        self.new_home_in(elsewhere, plan)
+    }
+
+    #[inline(never)]
+    fn new_home_in(&self, elsewhere: Option<RequestContext>, plan: &Plan) -> Option<Box<Home>> {
         let context = elsewhere.as_ref().unwrap_or(&self.context);
         let task = self.task(plan);
         // The code of whoever made the values.
-        let spanned = context.inherits().then(|| {
-            catch(|| {
-                context.wants_span(&task).then(|| {
-                    let own = context.inherit(&task);
-                    let span = own.span(&task);
-                    Home { scope: Scope::new(own), span }
-                })
+        let spanned = catch(|| {
+            context.wants_span(&task).then(|| {
+                let own = context.inherit(&task);
+                let span = own.span(&task);
+                let span = Some(span).filter(|span| !span.is_disabled());
+                Box::new(Home { scope: Scope::new(own), span })
             })
         });
-        if let Some(Ok(Some(home))) = spanned {
-            return Some(Box::new(home));
+        if let Ok(Some(home)) = spanned {
+            return Some(home);
         }
-        elsewhere.map(|context| {
-            Box::new(Home { scope: Scope::of_task(context, task), span: Span::none() })
-        })
+        elsewhere.map(|context| Box::new(Home { scope: Scope::of_task(context, task), span: None }))
     }
 
     fn task(&self, plan: &Plan) -> Task {
@@ -774,11 +812,13 @@ impl Set {
     /// The task awaits for the first time. It may have been told something while its waker was not
     /// known.
     pub(crate) fn wait(&self, slot: u32, waker: Waker) -> Option<Order> {
-        let age = self.born.elapsed().as_millis() / u128::from(TICK_MS);
+        let age = self.born.elapsed();
+        let ticks = u64::from(age.subsec_nanos() / (1_000_000_000 / TICKS));
+        let since = age.as_secs().saturating_mul(TICKS.into()).saturating_add(ticks);
         let mut inner = self.lock();
         let order = inner.order(slot);
         let entry = &mut inner.tasks[slot as usize];
-        entry.since = u32::try_from(age).unwrap_or(u32::MAX);
+        entry.since = u32::try_from(since).unwrap_or(u32::MAX);
         let unneeded = match order {
             None => entry.waker.replace(waker),
             Some(_) => Some(waker),
@@ -788,103 +828,123 @@ impl Set {
         order
     }
 
-    /// Where to run the task.
-    pub(crate) fn habitat(&self, slot: u32, has_extra: bool) -> Habitat {
+    pub(crate) fn has_context(&self) -> bool {
+        !self.context.is_empty()
+    }
+
+    /// Where to run the task: its own place, or the context of the set.
+    fn home(&self, slot: u32, has_extra: bool) -> Home {
         if has_extra {
-            let home = self.lock().extras.get_mut(&slot).and_then(|extra| extra.home.take());
-            if let Some(home) = home {
-                return Habitat::Home(home);
+            let mut inner = self.lock();
+            if let Some(home) = inner.extras.get_mut(&slot).and_then(|extra| extra.home.as_mut()) {
+                return std::mem::take(&mut **home);
             }
         }
-        if self.context.is_empty() {
-            return Habitat::Set;
-        }
-        Habitat::Context(if self.context.inherits() {
+        let scope = if self.context.inherits() {
             let (name, site) = self.name_and_site(slot);
             Scope::of_task(self.context.clone(), Task::new(name, site).kept(self.own))
         } else {
             Scope::new(self.context.clone())
-        })
+        };
+        Home { scope, span: None }
     }
 
-    /// Keeps what is the task's own for its next poll. Whether the set now has an extra of it.
-    pub(crate) fn keep(&self, slot: u32, habitat: Habitat) -> bool {
-        let home = match habitat {
-            Habitat::Set => return false,
-            Habitat::Context(scope) => {
-                if !self.context.inherits() || scope.is_pending() {
-                    return false;
-                }
-                Box::new(Home { scope, span: Span::none() })
-            }
-            Habitat::Home(home) => home,
-        };
-        self.lock().extras.entry(slot).or_default().home = Some(home);
-        true
+    /// The task's code is about to run.
+    #[inline(never)]
+    pub(crate) fn enter_home(&self, slot: u32, has_extra: bool, home: &mut Option<Home>) {
+        home.insert(self.home(slot, has_extra)).enter();
+    }
+
+    /// The task's code has run. What is its own is kept for its next poll. Whether the set now
+    /// knows more of it than its entry.
+    #[inline(never)]
+    pub(crate) fn leave_home(&self, slot: u32, home: &mut Option<Home>) -> bool {
+        let Some(mut home) = home.take() else { return false };
+        home.leave();
+        let mut inner = self.lock();
+        if let Some(kept) = inner.extras.get_mut(&slot).and_then(|extra| extra.home.as_mut()) {
+            **kept = home;
+            return true;
+        }
+        let is_its_own = self.context.inherits() && !home.scope.is_pending();
+        if is_its_own {
+            inner.extras.entry(slot).or_default().home = Some(Box::new(home));
+        } else {
+            // Values may be the code of others.
+            drop(inner);
+            drop(home);
+        }
+        is_its_own
     }
 
     /// The task's future is about to be dropped. Whether its context is now the current one.
-    ///
-    /// There is no place to keep what was current before, so this is done only where nothing was:
-    /// always, but when a runtime that is dead drops a future in the middle of its spawn.
+    #[inline(never)]
     pub(crate) fn enter_drop(&self, slot: u32, has_extra: bool) -> bool {
-        let (mut scope, span) = match self.habitat(slot, has_extra) {
-            Habitat::Set => return false,
-            Habitat::Context(scope) => (scope, Span::none()),
-            Habitat::Home(home) => (home.scope, home.span),
-        };
-        scope.swap();
-        if !scope.is_empty() {
-            scope.swap();
-            return false;
+        let mut home = self.home(slot, has_extra);
+        home.enter();
+        let nothing_was_current = home.scope.is_empty();
+        if !nothing_was_current {
+            home.leave();
+        } else if home.span.is_some() {
+            self.lock().extras.entry(slot).or_default().span = home.span;
         }
-        if !span.is_disabled() {
-            drop(catch(|| span.with_subscriber(|(id, subscriber)| subscriber.enter(id))));
-            self.lock().extras.entry(slot).or_default().span = Some(span);
-        }
-        true
+        nothing_was_current
     }
 
     /// It has been dropped, and was [entered](Self::enter_drop).
+    #[inline(never)]
     pub(crate) fn leave_drop(&self, slot: u32) {
-        let mut scope = Scope::default();
-        scope.swap();
         let span = self.lock().extras.get_mut(&slot).and_then(|extra| extra.span.take());
-        // A subscriber and values: the code of others.
-        drop(catch(|| {
-            if let Some(span) = span {
-                span.with_subscriber(|(id, subscriber)| subscriber.exit(id));
-            }
-            drop(scope);
-        }));
+        let mut home = Home { scope: Scope::default(), span };
+        home.leave();
+        // Values are the code of others.
+        drop(catch(|| drop(home)));
     }
 
     /// The task has ended, and its destructors have run.
     #[inline(never)]
     pub(crate) fn leave(self: &Arc<Self>, slot: u32, outcome: Outcome) {
         let mut inner = self.lock();
-        let extra = inner.remove_extra(slot);
         let (kind, waker) = inner.free_slot(slot);
-        let count = &mut inner.kinds[kind];
-        count.end(outcome);
-        let (name, site) = (count.name, count.site);
+        inner.kinds[kind].end(outcome);
         inner.live -= 1;
-        let mut keys = [None; 3];
-        if let Some(extra) = &extra {
-            keys = [extra.timeout, extra.lifetime.and_then(|lifetime| lifetime.key), None];
+        if inner.live == 0 || !inner.extras.is_empty() {
+            return self.leave_last(inner, slot, kind, outcome, waker);
         }
+        drop(inner);
+        drop(waker);
+        if let Some(limit) = &self.config.limit {
+            limit.release();
+        }
+    }
+
+    /// The rest of it, for a task that the set knows more of, or that is the last.
+    #[inline(never)]
+    fn leave_last(
+        self: &Arc<Self>,
+        mut inner: MutexGuard<'_, Inner>,
+        slot: u32,
+        kind: usize,
+        outcome: Outcome,
+        waker: Option<Waker>,
+    ) {
+        let extra = inner.extras.remove(&slot);
+        let Kind { name, site, .. } = inner.kinds[kind];
         let mut idle = None;
+        let mut keys: SmallVec<[Key; 3]> = SmallVec::new();
+        if let Some(extra) = &extra {
+            keys.extend(extra.timeout);
+            keys.extend(extra.lifetime.and_then(|lifetime| lifetime.key));
+        }
         if inner.live == 0 {
             idle = inner.idle.take();
-            keys[2] = inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take());
+            keys.extend(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
         }
         let over = inner.is_over(self.own);
         drop(inner);
         drop(waker);
-        for key in keys.into_iter().flatten() {
-            if let Some(runtime) = self.runtime.get() {
-                runtime.remove(key);
-            }
+        if let Some(runtime) = self.runtime.get() {
+            keys.into_iter().for_each(|key| runtime.remove(key));
         }
         if let Some(limit) = &self.config.limit {
             limit.release();
@@ -895,8 +955,10 @@ impl Set {
             let event = TaskEvent::Ended { name, site, outcome, elapsed };
             drop(catch(|| observer.observe(&event)));
         }
-        // Values and a span: the code of others.
-        drop(catch(|| drop(extra)));
+        if extra.is_some() {
+            // Values and a span: the code of others.
+            drop(catch(|| drop(extra)));
+        }
         if let Some(idle) = idle {
             idle.notify_waiters();
         }
@@ -1212,7 +1274,16 @@ impl Inner {
         over
     }
 
+    #[inline]
     fn kind(&mut self, plan: &Plan) -> usize {
+        match self.kinds.first() {
+            Some(first) if first.is(plan.name, plan.site) => 0,
+            _ => self.other_kind(plan),
+        }
+    }
+
+    #[inline(never)]
+    fn other_kind(&mut self, plan: &Plan) -> usize {
         let found = match &self.index {
             None => self.kinds.iter().position(|kind| kind.is(plan.name, plan.site)),
             Some(index) => index.get(&address(plan.name, plan.site)).copied(),
@@ -1259,10 +1330,6 @@ impl Inner {
         entry.generation = entry.generation.wrapping_add(1);
         (kind.into(), entry.waker.take())
     }
-
-    fn remove_extra(&mut self, slot: u32) -> Option<Extra> {
-        if self.extras.is_empty() { None } else { self.extras.remove(&slot) }
-    }
 }
 
 fn address(name: &'static str, site: &'static Location<'static>) -> (usize, usize) {
@@ -1292,7 +1359,7 @@ impl Reading {
         for task in self.tasks {
             let kind = usize::from(task.kind);
             live[kind] += 1;
-            let since = Duration::from_millis(u64::from(task.since) * u64::from(TICK_MS));
+            let since = Duration::from_secs(1) * task.since / TICKS;
             snapshot.live_tasks.push(LiveTask {
                 name: self.kinds[kind].name,
                 site: self.kinds[kind].site,

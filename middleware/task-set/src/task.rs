@@ -13,8 +13,8 @@ use tower_catch_unwind::{Panic, catch};
 use tower_response_end::End;
 
 use crate::{
-    place,
-    set::{Habitat, Set},
+    place::{self, Outside},
+    set::Set,
 };
 
 /// Why a task was told to end.
@@ -241,29 +241,32 @@ impl Member {
     }
 
     /// Polls the task's future: in its set, context and span; a panic is caught and told.
+    #[inline]
     fn poll<R>(&mut self, poll: impl FnOnce() -> R) -> Result<R, Panic> {
-        let mut habitat = self.set().habitat(self.slot, self.extra);
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            habitat.enter(|| {
-                let _inside = Inside::enter(self);
-                poll()
-            })
-        }));
-        let result = result.map_err(|payload| self.tell(payload, &mut habitat));
-        self.extra |= self.set().keep(self.slot, habitat);
+        let mut home = None;
+        if self.is_away() {
+            self.set().enter_home(self.slot, self.extra, &mut home);
+        }
+        let outside = Outside::enter(self.set.take(), self.slot);
+        // No guard that leaves: nothing unwinds past this.
+        let result = catch_unwind(AssertUnwindSafe(poll)).map_err(|payload| self.tell(payload));
+        self.set = outside.leave();
+        if home.is_some() {
+            self.extra |= self.set().leave_home(self.slot, &mut home);
+        }
         result
     }
 
     /// Out of line: it is rare, and there is one for each type of future otherwise.
     #[cold]
     #[inline(never)]
-    fn tell(&self, payload: Box<dyn Any + Send>, habitat: &mut Habitat) -> Panic {
-        let (name, site) = self.set().name_and_site(self.slot);
-        let mut panic = None;
-        // The subscriber is the code of others.
-        drop(catch(|| {
-            habitat.enter(|| {
-                let panic = panic.insert(Panic::new(payload).in_task(name, site));
+    fn tell(&self, payload: Box<dyn Any + Send>) -> Panic {
+        let mut panic = Panic::new(payload);
+        if let Some(set) = place::current() {
+            let (name, site) = set.name_and_site(self.slot);
+            panic = panic.in_task(name, site);
+            // The subscriber is the code of others.
+            drop(catch(|| {
                 tracing::error!(
                     task = name,
                     spawned_at = %site,
@@ -273,9 +276,15 @@ impl Member {
                     request_id = panic.request_id().map(tracing::field::display),
                     "task panicked"
                 );
-            });
-        }));
-        panic.unwrap_or_else(|| Panic::new(Box::new("(of the subscriber)")).in_task(name, site))
+            }));
+        }
+        panic
+    }
+
+    /// Whether the task runs somewhere else than just in its set.
+    #[inline]
+    fn is_away(&self) -> bool {
+        self.extra || self.set().has_context()
     }
 
     /// The task has come to an await. The waker is registered once, and then looked again for an
@@ -288,33 +297,18 @@ impl Member {
         self.set().wait(self.slot, cx.waker().clone())
     }
 
-    /// Exchanges the thread's current set and this one.
-    fn swap(&mut self) {
-        place::swap_task(&mut self.set, &mut self.slot);
-    }
-
     /// The future is about to be dropped: in its set and context too. `Drop` leaves them.
+    ///
+    /// There is no place to keep what was current before. So this is done only where nothing was:
+    /// always, but where a dead runtime drops a future in the middle of its spawn.
     fn enter_drop(&mut self) {
-        let set = self.set();
-        let in_scope = set.enter_drop(self.slot, self.extra);
-        self.phase = Phase::Dropping { unwinding: thread::panicking(), in_scope };
-        self.swap();
-    }
-}
-
-/// While it lives, the task's code runs.
-struct Inside<'a>(&'a mut Member);
-
-impl<'a> Inside<'a> {
-    fn enter(member: &'a mut Member) -> Self {
-        member.swap();
-        Self(member)
-    }
-}
-
-impl Drop for Inside<'_> {
-    fn drop(&mut self) {
-        self.0.swap();
+        let unwinding = thread::panicking();
+        let in_scope = self.is_away() && self.set().enter_drop(self.slot, self.extra);
+        let outside = Outside::enter(self.set.take(), self.slot);
+        if !outside.is_nowhere() {
+            self.set = outside.leave();
+        }
+        self.phase = Phase::Dropping { unwinding, in_scope };
     }
 }
 
@@ -322,7 +316,9 @@ impl Drop for Member {
     fn drop(&mut self) {
         let (unwinding, in_scope) = match self.phase {
             Phase::Dropping { unwinding, in_scope } => {
-                self.swap();
+                if self.set.is_none() {
+                    self.set = Outside::nowhere().leave();
+                }
                 (unwinding, in_scope)
             }
             Phase::Started | Phase::Waits => (thread::panicking(), false),
