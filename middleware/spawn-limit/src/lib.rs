@@ -102,7 +102,10 @@ impl SpawnLimit {
         }
     }
 
-    /// Gives back a permit that was [forgotten](Permit::forget). If none was, nothing happens.
+    /// Gives back a permit that was [forgotten](Permit::forget).
+    ///
+    /// It cannot know which: a release too many gives back a permit that is still held, and lets
+    /// one more in than the limit says. The count never goes below zero.
     pub fn release(&self) {
         let less = |in_use: usize| in_use.checked_sub(1);
         let _ = self.count.in_use.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
