@@ -1,1 +1,299 @@
-fn main() {}
+//! Five things that happen to tasks, on a real server with a real client.
+//!
+//! `cargo run --example quickstart` prints what happens when it happens, and the ledger at the end.
+//! It checks all that it shows, and exits with 0 only if everything came out as it should.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "it shows what happens")]
+
+use std::{
+    error::Error,
+    fmt::Display,
+    future, io,
+    net::{Ipv4Addr, SocketAddr},
+    process::ExitCode,
+    sync::{Arc, LazyLock},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::State,
+    http::{Method, Request, Response, StatusCode, header::RETRY_AFTER},
+    routing::{get, post},
+};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use hyper_util::{
+    client::legacy::{self, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tower_tasks::{
+    AtEnd, SpawnError, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer,
+    task_set::{Counts, Outcome, TaskEvent, TaskState, assert_drained},
+};
+
+type Result<T = (), E = Box<dyn Error>> = std::result::Result<T, E>;
+
+// ---- The server. Its handlers ask for the `TaskSet` of their request, and spawn into it.
+
+#[derive(Clone)]
+struct App {
+    /// What tasks wait for: a mail server, a database. It answers once for each permit.
+    backend: Arc<Semaphore>,
+    market: broadcast::Sender<&'static str>,
+}
+
+impl App {
+    async fn ask_backend(self) {
+        if let Ok(answer) = self.backend.acquire().await {
+            answer.forget();
+        }
+    }
+}
+
+/// (a) Answers at once. The tasks have 30 seconds more, which is the default.
+async fn create_order(State(app): State<App>, tasks: TaskSet) -> Result<StatusCode, SpawnError> {
+    tasks.spawn("send_receipt", app.clone().ask_backend())?;
+    tasks.spawn("write_audit_line", app.clone().ask_backend())?;
+    tasks.spawn("warm_cache", app.ask_backend())?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// (b) Streams prices. When the client has left, this work is for nobody.
+async fn stream_prices(State(app): State<App>, tasks: TaskSet) -> Result<Body, SpawnError> {
+    tasks.at_end(AtEnd::Cancel);
+    let mut market = app.market.subscribe();
+    let (to_client, prices) = mpsc::channel(1);
+    tasks.spawn("feed_stream", async move {
+        while let Ok(price) = market.recv().await {
+            if to_client.send(Ok::<_, SpawnError>(price)).await.is_err() {
+                break;
+            }
+        }
+    })?;
+    tasks.spawn("watch_market", future::pending::<()>())?;
+    Ok(Body::from_stream(ReceiverStream::new(prices)))
+}
+
+/// (c) The task has a bug. Its request is answered all the same.
+async fn upload_photo(tasks: TaskSet) -> Result<StatusCode, SpawnError> {
+    tasks.spawn("make_thumbnail", async { panic!("cannot decode photo.tiff") })?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// (d) Wants more tasks than a request may have: `?` makes the refusal a 503.
+async fn import_rows(State(app): State<App>, tasks: TaskSet) -> Result<StatusCode, SpawnError> {
+    for _row in 0..5 {
+        tasks.spawn("import_row", app.clone().ask_backend())?;
+    }
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// (e) Starts something that takes as long as it takes.
+async fn rebuild_index(tasks: TaskSet) -> Result<StatusCode, SpawnError> {
+    tasks.task("rebuild_index").at_end(AtEnd::Keep).spawn(future::pending::<()>())?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+// ---- The story: who does what, and what must come of it.
+
+async fn run() -> Result {
+    // The owner of all tasks. It tells us how they fare.
+    let (ended, mut ends) = mpsc::unbounded_channel();
+    let limit = SpawnLimit::new(1_000).per_request(4);
+    let observer = move |event: &TaskEvent| match event {
+        TaskEvent::Started { name, .. } => say("task", format!("{name} started")),
+        TaskEvent::Ended { name, outcome, .. } => {
+            say("task", format!("{name} {outcome}"));
+            let _ = ended.send(*outcome);
+        }
+        _ => {}
+    };
+    let tasks = TaskRegistry::new().limit(limit.clone()).observer(observer);
+
+    let app = App { backend: Arc::new(Semaphore::new(0)), market: broadcast::channel(8).0 };
+    let router = Router::new()
+        .route("/orders", post(create_order))
+        .route("/prices", get(stream_prices))
+        .route("/photos", post(upload_photo))
+        .route("/rows", post(import_rows))
+        .route("/index", post(rebuild_index))
+        .with_state(app.clone())
+        .layer(TaskSetLayer::new(&tasks));
+
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let http = legacy::Client::builder(TokioExecutor::new()).build_http();
+    let client = Client { server: listener.local_addr()?, http };
+    say("server", format!("listens on http://{}", client.server));
+    let (stop, stopped) = oneshot::channel::<()>();
+    let stopped = async { stopped.await.unwrap_or_default() };
+    let server = axum::serve(listener, router).with_graceful_shutdown(stopped);
+    let server = tokio::spawn(server.into_future());
+    let mut log = install_log();
+
+    println!("\n(a) The reply comes first: the tasks are drained after it.");
+    client.send(Method::POST, "/orders", StatusCode::ACCEPTED).await?;
+    check("its three tasks still run", tasks.len() == 3)?;
+    app.backend.add_permits(3);
+    expect(&mut ends, 3, Outcome::Completed).await?;
+
+    println!("\n(b) The client leaves in the middle of a stream: `Cancel` tasks die with it.");
+    let mut response = client.send(Method::GET, "/prices", StatusCode::OK).await?;
+    for price in ["101.50", "101.75"] {
+        app.market.send(price)?;
+        let frame = response.body_mut().frame().await.ok_or("the stream has ended")??;
+        check(&format!("the client reads {price}"), frame.into_data().is_ok_and(|it| it == price))?;
+    }
+    say("client", "leaves");
+    drop(response);
+    expect(&mut ends, 2, Outcome::Cancelled).await?;
+
+    println!("\n(c) A task panics: the panic hook tells of it, and so does the log, by name.");
+    client.send(Method::POST, "/photos", StatusCode::ACCEPTED).await?;
+    expect(&mut ends, 1, Outcome::Panicked).await?;
+    let line = log.try_recv()?;
+    let told = ["ERROR", "make_thumbnail", "quickstart.rs", "cannot decode photo.tiff"];
+    check("the log has name, place and message", told.iter().all(|part| line.contains(part)))?;
+
+    println!("\n(d) Five tasks where a request may have four: the fifth is refused.");
+    let response = client.send(Method::POST, "/rows", StatusCode::SERVICE_UNAVAILABLE).await?;
+    let one_second = response.headers().get(RETRY_AFTER).is_some_and(|after| after == "1");
+    check("with Retry-After: 1", one_second)?;
+    check("the four others run", tasks.len() == 4)?;
+    app.backend.add_permits(4);
+    expect(&mut ends, 4, Outcome::Completed).await?;
+
+    println!("\n(e) A task is kept: it lives on, until the process stops.");
+    client.send(Method::POST, "/index", StatusCode::ACCEPTED).await?;
+    let live = tasks.snapshot().live_tasks;
+    let [task] = &live[..] else { return Err("one task should live".into()) };
+    say("ledger", task);
+    check("it is kept", task.state == TaskState::Kept)?;
+
+    println!("\nThe process stops: first the server, then the tasks.");
+    let _ = stop.send(());
+    server.await??;
+    tasks.close();
+    let late = tasks.spawn("too_late", async {}).err().ok_or("a closed registry took a task")?;
+    check("what comes too late is refused", late.reason == SpawnError::Closed)?;
+    tasks.cancel_all();
+    expect(&mut ends, 1, Outcome::Cancelled).await?;
+    tasks.wait().await;
+    assert_drained(&tasks);
+    check("no task lives, and all permits are back", tasks.is_empty() && limit.in_use() == 0)?;
+
+    println!("\nThe ledger.");
+    let ledger = tasks.snapshot();
+    let mut rows: Vec<_> = ledger.by_name.iter().map(|(name, of)| (*name, figures(of))).collect();
+    rows.push(("total", figures(&ledger.totals)));
+    print_row("task", COLUMNS.split(' '));
+    for (name, figures) in &rows {
+        print_row(name, figures);
+    }
+    println!();
+    check("every task came to the end that it should have", rows == EXPECTED)?;
+    check("attempted = refused + spawned; spawned = live + ended", ledger.totals.is_exact())
+}
+
+const COLUMNS: &str =
+    "attempted refused spawned live completed cancelled aborted timed-out panicked";
+
+const EXPECTED: [(&str, [u64; 9]); 10] = [
+    ("feed_stream", [1, 0, 1, 0, 0, 1, 0, 0, 0]),
+    ("import_row", [5, 1, 4, 0, 4, 0, 0, 0, 0]),
+    ("make_thumbnail", [1, 0, 1, 0, 0, 0, 0, 0, 1]),
+    ("rebuild_index", [1, 0, 1, 0, 0, 1, 0, 0, 0]),
+    ("send_receipt", [1, 0, 1, 0, 1, 0, 0, 0, 0]),
+    ("too_late", [1, 1, 0, 0, 0, 0, 0, 0, 0]),
+    ("warm_cache", [1, 0, 1, 0, 1, 0, 0, 0, 0]),
+    ("watch_market", [1, 0, 1, 0, 0, 1, 0, 0, 0]),
+    ("write_audit_line", [1, 0, 1, 0, 1, 0, 0, 0, 0]),
+    ("total", [13, 2, 11, 0, 7, 3, 0, 0, 1]),
+];
+
+#[rustfmt::skip]
+fn figures(of: &Counts) -> [u64; 9] {
+    [of.attempted, of.refused, of.spawned, of.live,
+     of.completed, of.cancelled, of.aborted, of.timed_out, of.panicked]
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    // Says what the default hook says, in one line.
+    std::panic::set_hook(Box::new(|panic| say("hook", panic.to_string().replace('\n', " "))));
+    let end = tokio::time::timeout(Duration::from_secs(10), run()).await;
+    if let Err(error) = end.unwrap_or_else(|_| Err("it is not done within 10 seconds".into())) {
+        eprintln!("\nquickstart: {error}");
+        return ExitCode::FAILURE;
+    }
+    println!("\nEverything came out as it should.");
+    ExitCode::SUCCESS
+}
+
+// ---- What is left: the client, the log, and the columns.
+
+struct Client {
+    server: SocketAddr,
+    http: legacy::Client<HttpConnector, Empty<Bytes>>,
+}
+
+impl Client {
+    async fn send(&self, method: Method, path: &str, so: StatusCode) -> Result<Response<Incoming>> {
+        say("client", format!("{method} {path}"));
+        let uri = format!("http://{}{path}", self.server);
+        let request = Request::builder().method(method).uri(uri).body(Empty::new())?;
+        let response = self.http.request(request).await?;
+        check(&format!("the reply is {}", response.status()), response.status() == so)?;
+        Ok(response)
+    }
+}
+
+/// Waits until so many tasks have ended, and checks how.
+async fn expect(ends: &mut mpsc::UnboundedReceiver<Outcome>, count: u32, how: Outcome) -> Result {
+    let mut so = true;
+    for _ in 0..count {
+        so &= ends.recv().await == Some(how);
+    }
+    check(&format!("{count} {how}"), so)
+}
+
+/// The log goes into our columns, and to whoever checks it.
+fn install_log() -> mpsc::UnboundedReceiver<String> {
+    struct Line(mpsc::UnboundedSender<String>);
+    impl io::Write for Line {
+        fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+            let text = String::from_utf8_lossy(line).trim().to_owned();
+            say("log", &text);
+            let _ = self.0.send(text);
+            Ok(line.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let (lines, log) = mpsc::unbounded_channel();
+    let format = tracing_subscriber::fmt().with_ansi(false).without_time().with_target(false);
+    format.with_writer(move || Line(lines.clone())).init();
+    log
+}
+
+fn say(who: &str, what: impl Display) {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    println!("{:>5} ms  {who:<6}  {what}", START.elapsed().as_millis());
+}
+
+fn check(what: &str, so: bool) -> Result {
+    say(if so { "  ok" } else { "WRONG" }, what);
+    if so { Ok(()) } else { Err(format!("this did not come true: {what}").into()) }
+}
+
+fn print_row(name: &str, cells: impl IntoIterator<Item = impl Display>) {
+    print!("  {name:<16}");
+    for (cell, column) in cells.into_iter().zip(COLUMNS.split(' ')) {
+        print!("  {cell:>width$}", width = column.len());
+    }
+    println!();
+}

@@ -46,3 +46,8 @@ pub use tower_response_end::{End, ResponseEndLayer};
 pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 #[cfg(feature = "task-set")]
 pub use tower_task_set::{AtEnd, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer};
+
+/// Runs the README's quick start: `cargo test` of the whole workspace has all features on.
+#[cfg(all(doctest, feature = "full"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

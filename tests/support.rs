@@ -57,9 +57,9 @@ pub struct Events<T>(UnboundedReceiver<T>);
 impl<T> Events<T> {
     /// The next event, waited for.
     #[track_caller]
-    pub fn next(&mut self) -> impl Future<Output = T> {
-        let next = soon(self.0.recv());
-        async { next.await.expect("nobody is left to tell") }
+    pub fn wait(&mut self) -> impl Future<Output = T> {
+        let event = soon(self.0.recv());
+        async { event.await.expect("nobody is left to tell") }
     }
 
     /// The events that have happened by now and were not seen yet.
@@ -150,7 +150,7 @@ impl Server {
     /// What became of the next hyper connection that has come to its end. A panic is an error.
     #[track_caller]
     pub fn connection_ended(&mut self) -> impl Future<Output = Result<(), BoxError>> {
-        self.ended.next()
+        self.ended.wait()
     }
 
     /// A client of bytes.
@@ -173,8 +173,9 @@ impl Server {
         H2 { requests, connection }
     }
 
-    /// Returns when the server has had time for all that has come to it before, at least on a
-    /// runtime of one thread: it has served some other connection from first to last byte.
+    /// Returns when the server has had its time for all that has come to it before, on a runtime
+    /// of one thread: it has served some other connections from their first to their last byte.
+    /// They reach no service, but count as connections that [ended](Self::connection_ended).
     pub async fn has_caught_up(&self) {
         for _ in 0..3 {
             let mut other = self.raw().await;
@@ -209,7 +210,7 @@ where
     Ok(())
 }
 
-/// A client that writes and reads bytes. Dropping it closes the connection.
+/// A client that writes and reads bytes.
 pub struct Raw {
     stream: TcpStream,
     read: BytesMut,
@@ -260,7 +261,12 @@ impl Raw {
         self.stream.shutdown().await.unwrap();
     }
 
-    /// Closes the connection with RST instead of FIN.
+    /// Closes the connection with FIN, as dropping it does.
+    pub fn close(self) {
+        drop(self);
+    }
+
+    /// Closes the connection with RST.
     pub fn reset(self) {
         self.stream.set_zero_linger().unwrap();
     }
@@ -301,11 +307,6 @@ impl H2 {
     ) -> (h2::client::ResponseFuture, h2::SendStream<Bytes>) {
         soon(std::future::poll_fn(|cx| self.requests.poll_ready(cx))).await.unwrap();
         self.requests.send_request(request, whole).unwrap()
-    }
-
-    /// The sender itself.
-    pub const fn requests(&mut self) -> &mut SendRequest<Bytes> {
-        &mut self.requests
     }
 
     /// Closes the socket, whatever goes on.

@@ -1,15 +1,24 @@
+#[cfg(not(loom))]
+use std::sync::{Mutex, MutexGuard};
 use std::{
     cell::Cell,
     fmt, mem,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, PoisonError},
 };
 
+#[cfg(loom)]
+use loom::sync::{Mutex, MutexGuard};
 use tower_catch_unwind::catch;
 
 use crate::{End, Watch};
 
+#[cfg(not(loom))]
 thread_local! {
     static HERE: Cell<Scope> = const { Cell::new(Scope::Outside) };
+}
+#[cfg(loom)]
+loom::thread_local! {
+    static HERE: Cell<Scope> = Cell::new(Scope::Outside);
 }
 
 /// What is current while a hooked response's code runs.
@@ -108,14 +117,14 @@ impl fmt::Debug for Holds {
 /// A [`Watch`] that calls a hook with the end, when nobody [holds](hold) the response any more.
 pub struct Hook<H> {
     // Never locked: a hook need not be `Sync`, and a body with it must be if the inner one is.
-    hook: Mutex<Option<H>>,
+    hook: std::sync::Mutex<Option<H>>,
     holds: Option<Arc<Holds>>,
 }
 
 impl<H> Hook<H> {
     /// Calls `hook`.
     pub const fn new(hook: H) -> Self {
-        Self { hook: Mutex::new(Some(hook)), holds: None }
+        Self { hook: std::sync::Mutex::new(Some(hook)), holds: None }
     }
 }
 
@@ -160,5 +169,102 @@ impl<H: FnOnce(End) + Send + 'static> Watch for Hook<H> {
                 }
             }
         }
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use std::{collections::HashSet, sync::Mutex};
+
+    use loom::thread::{self, JoinHandle};
+
+    use super::*;
+
+    /// Whose thread called a hook.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    enum Teller {
+        /// That which found the end.
+        End,
+        /// Any that dropped a hold.
+        Drop,
+    }
+
+    type Told = Arc<Mutex<Vec<Teller>>>;
+
+    /// A hook, and what it was told.
+    fn hook() -> (Hook<impl FnOnce(End) + Send + 'static>, Told) {
+        let told = Told::default();
+        let (here, tell) = (thread::current().id(), told.clone());
+        let hook = Hook::new(move |_| {
+            let teller = if thread::current().id() == here { Teller::End } else { Teller::Drop };
+            tell.lock().unwrap().push(teller);
+        });
+        (hook, told)
+    }
+
+    #[track_caller]
+    fn once(told: &Told) -> Teller {
+        let told = told.lock().unwrap();
+        assert_eq!(told.len(), 1);
+        told[0]
+    }
+
+    fn drop_elsewhere(held: Option<Hold>) -> JoinHandle<()> {
+        thread::spawn(move || drop(held.unwrap()))
+    }
+
+    /// Runs a model, and asserts that it ends in each of these ways and in no other.
+    fn reaches<T>(expected: &[T], model: impl Fn() -> T + Send + Sync + 'static)
+    where
+        T: Clone + fmt::Debug + Eq + std::hash::Hash + Send + 'static,
+    {
+        let reached = Arc::new(Mutex::new(HashSet::new()));
+        let reach = reached.clone();
+        loom::model(move || {
+            let outcome = model();
+            reach.lock().unwrap().insert(outcome);
+        });
+        assert_eq!(*reached.lock().unwrap(), expected.iter().cloned().collect());
+    }
+
+    #[test]
+    fn the_end_races_the_last_hold_and_is_told_once() {
+        reaches(&[[Teller::End], [Teller::Drop]], || {
+            let (mut hook, told) = hook();
+            let other = drop_elsewhere(hook.enter(hold));
+            hook.end(End::Completed);
+            other.join().unwrap();
+            [once(&told)]
+        });
+    }
+
+    #[test]
+    fn two_holds_race_to_be_the_last_and_the_end_is_told_once() {
+        reaches(&[[Teller::End], [Teller::Drop]], || {
+            let (mut hook, told) = hook();
+            let here = hook.enter(hold);
+            let other = drop_elsewhere(hook.enter(hold));
+            hook.end(End::Completed);
+            drop(here);
+            other.join().unwrap();
+            [once(&told)]
+        });
+    }
+
+    #[test]
+    fn a_hold_that_is_dropped_while_it_comes_to_hold_what_is_around_leaves_nothing_held() {
+        use Teller::{Drop, End as Found};
+        reaches(&[[Found, Found], [Found, Drop], [Drop, Found], [Drop, Drop]], || {
+            let (mut outer, outer_told) = hook();
+            let (mut inner, inner_told) = hook();
+            let other = outer.enter(|| {
+                let other = inner.enter(|| drop_elsewhere(hold()));
+                inner.end(End::Completed);
+                other
+            });
+            outer.end(End::Completed);
+            other.join().unwrap();
+            [once(&inner_told), once(&outer_told)]
+        });
     }
 }

@@ -465,7 +465,7 @@ where
     }
 }
 
-/// As hyper does, which sends a body of this length if the header is there.
+/// Before the hint: hyper wants the two to be equal, and goes by this one if there is no other.
 fn content_length<B>(response: &Response<B>) -> Option<u64> {
     let value = response.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?;
     // `parse` would take a sign.

@@ -1,8 +1,13 @@
+#[cfg(not(loom))]
+use std::sync::Mutex;
 use std::{
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, PoisonError},
     task::{Context, Poll, Waker},
 };
+
+#[cfg(loom)]
+use loom::sync::Mutex;
 
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
@@ -93,5 +98,51 @@ impl Upload {
         drop(state);
         drop(old);
         failed
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use std::{
+        collections::HashSet,
+        sync::{
+            Mutex,
+            atomic::{AtomicBool, Ordering::SeqCst},
+        },
+        task::Wake,
+    };
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_failure_that_races_the_polls_is_seen_or_wakes() {
+        let reached = Arc::new(Mutex::new(HashSet::new()));
+        let reach = reached.clone();
+        loom::model(move || {
+            let upload = Upload::default();
+            let other = upload.clone();
+            let other = loom::thread::spawn(move || other.fail());
+            let woken = Arc::new(Woken::default());
+            let waker = woken.clone().into();
+            let cx = Context::from_waker(&waker);
+            // The first registers the waker, the second finds that it is there.
+            let seen = [upload.poll_failed(&cx), upload.poll_failed(&cx)];
+            other.join().unwrap();
+            let woken = woken.0.load(SeqCst);
+            assert!(seen[1] || woken, "lost");
+            assert!(upload.poll_failed(&cx));
+            reach.lock().unwrap().insert((seen, woken));
+        });
+        let expected = [([true, true], false), ([false, true], true), ([false, false], true)];
+        assert_eq!(*reached.lock().unwrap(), expected.into());
     }
 }

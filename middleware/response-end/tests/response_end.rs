@@ -241,10 +241,7 @@ fn the_sum_of_the_bytes_saturates() {
     impl Body for HugeBody {
         type Data = Huge;
         type Error = Infallible;
-        fn poll_frame(
-            self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Polled<Huge, Infallible> {
+        fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Polled<Huge, Infallible> {
             Poll::Ready(Some(Ok(Frame::data(Huge))))
         }
     }
@@ -626,10 +623,7 @@ fn a_million_frames_cost_no_allocation() {
     impl Body for Drizzle {
         type Data = Bytes;
         type Error = Infallible;
-        fn poll_frame(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Polled<Bytes, Infallible> {
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Polled<Bytes, Infallible> {
             let data = if self.0 % 2 == 0 { Bytes::new() } else { Bytes::from_static(b"d") };
             let left = self.0.checked_sub(1);
             self.0 = left.unwrap_or(0);
@@ -1015,6 +1009,20 @@ fn one_of_several_responses_inside_can_hold_the_one_around() {
 }
 
 #[test]
+fn a_hold_that_is_dropped_where_it_was_taken_holds_nothing_around() {
+    let (outer, inner) = (Ends::default(), Ends::default());
+    let mut service = ServiceBuilder::new()
+        .layer(ResponseEndLayer::new(outer.clone()))
+        .layer(ResponseEndLayer::new(inner.clone()))
+        .service(service_fn(|_: Request<()>| {
+            drop(hold().unwrap());
+            ready(Ok::<_, Infallible>(reply(204, Script::new([]))))
+        }));
+    drop(assert_ready_ok!(spawn(service.call(get())).poll()));
+    assert_eq!((outer.told(), inner.told()), (vec![Completed], vec![Completed]));
+}
+
+#[test]
 fn a_panic_of_one_hook_does_not_keep_the_next_from_being_called() {
     let ends = Ends::default();
     let slot = Slot::default();
@@ -1395,10 +1403,7 @@ impl Body for NotingBody {
     type Data = Bytes;
     type Error = Infallible;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Polled<Bytes, Infallible> {
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Polled<Bytes, Infallible> {
         self.0.note("poll of the body");
         Poll::Ready(self.1.take().map(|data| Ok(Frame::data(data))))
     }

@@ -1,6 +1,9 @@
 use std::{
     collections::BTreeMap,
-    sync::{Arc, PoisonError},
+    future::poll_fn,
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    task::Poll,
     time::Duration,
 };
 
@@ -11,20 +14,22 @@ use tokio::{
 };
 use tower_catch_unwind::catch;
 
-use crate::set::Set;
+use crate::{registry::Owner, set::Set};
 
 /// How many tasks are told between two yields.
 const BATCH: usize = 128;
-/// How long the reaper stays without a deadline. Most deadlines are met, and to be gone at once
-/// would cost the next request a spawn.
-const LINGER: Duration = Duration::from_secs(1);
+/// How often the reaper looks for deadlines of sets that are further away than this. Most are met
+/// before it does, and so cost next to nothing.
+const ROUND: Duration = Duration::from_secs(1);
 
 /// A runtime that tasks of a registry run on, and the one task on it, the reaper, that keeps all
-/// their deadlines. It sleeps until the next one, and is gone soon after there is none.
+/// their deadlines. It sleeps until the next one, but not for longer than a second, and is gone
+/// when it then finds none.
 #[derive(Debug)]
 pub(crate) struct Runtime {
     pub(crate) handle: Handle,
-    due: std::sync::Mutex<Due>,
+    owner: Weak<Owner>,
+    due: Mutex<Due>,
     /// There is an earlier deadline than the one that the reaper sleeps for.
     sooner: Notify,
 }
@@ -36,6 +41,8 @@ struct Due {
     reaper: Reaper,
     /// What the reaper sleeps for, if it does.
     alarm: Option<Instant>,
+    /// There may be sets with a deadline that is far away.
+    far: bool,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -60,8 +67,8 @@ pub(crate) enum Who {
 }
 
 impl Runtime {
-    pub(crate) fn new(handle: Handle) -> Self {
-        Self { handle, due: std::sync::Mutex::default(), sooner: Notify::new() }
+    pub(crate) fn new(handle: Handle, owner: &Arc<Owner>) -> Self {
+        Self { handle, owner: Arc::downgrade(owner), due: Mutex::default(), sooner: Notify::new() }
     }
 
     /// Whether it still runs tasks. Asked from outside it costs a spawn, for there is no other way
@@ -77,7 +84,7 @@ impl Runtime {
         }
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         let outcome = std::pin::Pin::new(&mut probe).poll(&mut context);
-        !matches!(outcome, std::task::Poll::Ready(Err(_)))
+        !matches!(outcome, Poll::Ready(Err(_)))
     }
 
     /// Notes a deadline. Called under the set's lock, so that the key is there when the task ends;
@@ -93,31 +100,45 @@ impl Runtime {
         Some(key)
     }
 
+    /// Whether a deadline so far away is found by the reaper in time: [`expect`](Self::expect) it,
+    /// then there is no need to [`add`](Self::add) it.
+    pub(crate) fn is_far(time: Duration) -> bool {
+        time > ROUND
+    }
+
+    /// Sees to it that the reaper looks for sets with a deadline that is far away.
+    pub(crate) fn expect(self: &Arc<Self>) {
+        let mut due = self.lock();
+        due.far = true;
+        self.start(due);
+    }
+
     /// Forgets a deadline. The set lives on: the caller has it.
     pub(crate) fn remove(&self, key: Key) {
         self.lock().deadlines.remove(&key);
     }
 
-    /// Sees to it that somebody waits for the deadline of this key.
-    pub(crate) fn wind(self: &Arc<Self>, key: Key) {
-        let mut due = self.lock();
-        match due.reaper {
-            Reaper::Gone => {
-                due.reaper = Reaper::Running;
-                drop(due);
-                // Dropped at once if the runtime is dead; then no deadline matters.
-                let reap = Reap { runtime: self.clone(), retired: false }.run();
-                drop(self.handle.spawn(reap));
-            }
-            Reaper::Running if due.alarm.is_some_and(|alarm| key.0 < alarm) => {
-                drop(due);
-                self.sooner.notify_one();
-            }
-            Reaper::Running | Reaper::Timeless => {}
+    /// Sees to it that the reaper wakes for deadlines that were added, of which this is the first.
+    pub(crate) fn wind(self: &Arc<Self>, at: Instant) {
+        let due = self.lock();
+        if due.alarm.is_some_and(|alarm| at < alarm) {
+            drop(due);
+            self.sooner.notify_one();
+        } else {
+            self.start(due);
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Due> {
+    fn start(self: &Arc<Self>, mut due: MutexGuard<'_, Due>) {
+        if due.reaper == Reaper::Gone {
+            due.reaper = Reaper::Running;
+            drop(due);
+            // Dropped at once if the runtime is dead; then no deadline matters.
+            drop(self.handle.spawn(Reap { runtime: self.clone(), retired: false }.run()));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Due> {
         self.due.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -131,52 +152,79 @@ struct Reap {
 
 impl Reap {
     async fn run(mut self) {
-        let mut idle_since = None;
+        let mut round = Instant::now() + ROUND;
         loop {
             let now = Instant::now();
-            let mut over = Vec::new();
-            let alarm = {
-                let mut due = self.runtime.lock();
-                while let Some(entry) = due.deadlines.first_entry() {
-                    if entry.key().0 > now || over.len() == BATCH {
-                        break;
-                    }
-                    over.push(entry.remove_entry());
-                }
-                let next = due.deadlines.first_key_value().map(|((at, _), _)| *at);
-                due.alarm = over.is_empty().then(|| {
-                    idle_since = next.is_none().then(|| idle_since.unwrap_or(now));
-                    next.map_or(now + LINGER, |next| next.min(now + LINGER))
-                });
-                if idle_since.is_some_and(|since| now >= since + LINGER) {
-                    due.reaper = Reaper::Gone;
-                    self.retired = true;
+            if now >= round {
+                round = now + ROUND;
+                if !self.look_around(round) {
                     return;
                 }
-                due.alarm
-            };
-            if let Some(alarm) = alarm {
-                // A runtime without a time driver panics here, and there is no way to ask it.
-                let Ok(sleep) = catch(|| sleep_until(alarm)) else {
-                    return self.no_time();
-                };
-                let mut sleep = std::pin::pin!(sleep);
-                let mut sooner = std::pin::pin!(self.runtime.sooner.notified());
-                std::future::poll_fn(|cx| {
-                    let woken = sooner.as_mut().poll(cx).is_ready();
-                    if woken || sleep.as_mut().poll(cx).is_ready() {
-                        return std::task::Poll::Ready(());
-                    }
-                    std::task::Poll::Pending
-                })
-                .await;
-            } else {
-                for (key, (set, who)) in over {
-                    set.lapse(key, who);
-                }
-                tokio::task::yield_now().await;
             }
+            let over = self.take_due(now);
+            for (key, (set, who)) in over {
+                set.lapse(key, who);
+            }
+            let Some(alarm) = self.set_alarm(now, round) else {
+                tokio::task::yield_now().await;
+                continue;
+            };
+            // A runtime without a time driver panics here, and there is no way to ask it.
+            let Ok(sleep) = catch(|| sleep_until(alarm)) else {
+                return self.no_time();
+            };
+            let mut sleep = pin!(sleep);
+            let mut sooner = pin!(self.runtime.sooner.notified());
+            poll_fn(|cx| {
+                let woken = sooner.as_mut().poll(cx).is_ready();
+                if woken || sleep.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(());
+                }
+                Poll::Pending
+            })
+            .await;
         }
+    }
+
+    /// Takes in the deadlines of sets that come before the next look. Whether there is anything to
+    /// wait for; if not, the reaper is gone.
+    fn look_around(&mut self, horizon: Instant) -> bool {
+        self.runtime.lock().far = false;
+        let sets = self.runtime.owner.upgrade().map(|owner| owner.sets()).unwrap_or_default();
+        let mut found = false;
+        for set in sets {
+            found |= set.come_near(&self.runtime, horizon);
+        }
+        let mut due = self.runtime.lock();
+        due.far |= found;
+        if due.far || !due.deadlines.is_empty() {
+            return true;
+        }
+        due.reaper = Reaper::Gone;
+        due.alarm = None;
+        self.retired = true;
+        false
+    }
+
+    fn take_due(&self, now: Instant) -> Vec<(Key, (Arc<Set>, Who))> {
+        let mut over = Vec::new();
+        let mut due = self.runtime.lock();
+        due.alarm = None;
+        while let Some(entry) = due.deadlines.first_entry() {
+            if entry.key().0 > now || over.len() == BATCH {
+                break;
+            }
+            over.push(entry.remove_entry());
+        }
+        over
+    }
+
+    /// What to sleep for; `None` if something is due already.
+    fn set_alarm(&self, now: Instant, round: Instant) -> Option<Instant> {
+        let mut due = self.runtime.lock();
+        let next = due.deadlines.first_key_value().map_or(round, |((at, _), _)| round.min(*at));
+        due.alarm = (next > now).then_some(next);
+        due.alarm
     }
 
     fn no_time(self) {

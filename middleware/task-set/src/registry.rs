@@ -304,7 +304,7 @@ impl Owner {
 
     /// Makes a set and takes it in.
     pub(crate) fn add(
-        &self,
+        self: &Arc<Self>,
         handle: Option<Handle>,
         make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
     ) -> Arc<Set> {
@@ -314,7 +314,7 @@ impl Owner {
     }
 
     /// The set of the tasks that belong to no request, or `None` when closed.
-    fn own_set(&self, config: &Arc<Config>) -> Option<Arc<Set>> {
+    fn own_set(self: &Arc<Self>, config: &Arc<Config>) -> Option<Arc<Set>> {
         let handle = config.runtime.clone().or_else(|| Handle::try_current().ok());
         let shard = this_shard();
         let mut sets = lock(&self.shards[shard].0);
@@ -337,7 +337,7 @@ impl Owner {
     }
 
     fn insert(
-        &self,
+        self: &Arc<Self>,
         sets: &mut Sets,
         shard: usize,
         handle: Option<Handle>,
@@ -356,14 +356,14 @@ impl Owner {
         set
     }
 
-    pub(crate) fn runtime(&self, handle: Handle) -> Arc<Runtime> {
+    pub(crate) fn runtime(self: &Arc<Self>, handle: Handle) -> Arc<Runtime> {
         let mut runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
         // One that only this list has was shut down, or has no tasks of ours.
         runtimes.retain(|runtime| Arc::strong_count(runtime) > 1);
         match runtimes.iter().find(|runtime| runtime.handle.id() == handle.id()) {
             Some(runtime) => runtime.clone(),
             None => {
-                let runtime = Arc::new(Runtime::new(handle));
+                let runtime = Arc::new(Runtime::new(handle, self));
                 runtimes.push(runtime.clone());
                 runtime
             }
@@ -418,7 +418,7 @@ impl Owner {
     }
 
     /// The sets that are not over.
-    fn sets(&self) -> Vec<Arc<Set>> {
+    pub(crate) fn sets(&self) -> Vec<Arc<Set>> {
         let sets =
             |shard: &Shard| lock(&shard.0).listed.iter().flatten().cloned().collect::<Vec<_>>();
         self.shards.iter().flat_map(sets).collect()

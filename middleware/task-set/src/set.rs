@@ -313,8 +313,9 @@ pub(crate) struct Set {
     config: Arc<Config>,
     context: RequestContext,
     born: Instant,
-    /// Made outside of a runtime it has none until the first spawn.
-    runtime: OnceLock<Arc<Runtime>>,
+    runtime: Option<Arc<Runtime>>,
+    /// That of the first spawn, for a set that was made outside of a runtime.
+    late_runtime: OnceLock<Arc<Runtime>>,
     pub(crate) place: registry::Place,
     /// Of the registry: it belongs to no request, and is over when it is empty.
     own: bool,
@@ -448,6 +449,10 @@ impl Lifetime {
         Self { key: None, ..self }
     }
 
+    fn is_far(&self) -> bool {
+        matches!(self.at_end, AtEnd::Drain(time) if Runtime::is_far(time))
+    }
+
     fn is_over(&self) -> bool {
         matches!(self.at_end, AtEnd::Cancel | AtEnd::Drain(Duration::ZERO))
     }
@@ -508,7 +513,8 @@ impl Set {
             config,
             context,
             born: Instant::now(),
-            runtime: runtime.map(OnceLock::from).unwrap_or_default(),
+            runtime,
+            late_runtime: OnceLock::new(),
             place,
             own,
             orders: AtomicBool::new(false),
@@ -547,6 +553,10 @@ impl Set {
 
     pub(crate) fn is_gone(&self) -> bool {
         self.lock().stage != Stage::Counting
+    }
+
+    fn runtime(&self) -> Option<&Arc<Runtime>> {
+        self.runtime.as_ref().or_else(|| self.late_runtime.get())
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -633,8 +643,8 @@ impl Set {
         let keys = [extra.timeout, extra.lifetime.and_then(|lifetime| lifetime.key)];
         inner.extras.insert(slot, extra);
         drop(inner);
-        if let (Some(key), Some(runtime)) = (keys.into_iter().flatten().min(), runtime) {
-            runtime.wind(key);
+        if let (Some((at, _)), Some(runtime)) = (keys.into_iter().flatten().min(), runtime) {
+            runtime.wind(at);
         }
         if let Some(observer) = &self.config.observer {
             let event = TaskEvent::Started { name: plan.name, site: plan.site };
@@ -741,11 +751,11 @@ impl Set {
 
     /// The runtime, if it still runs tasks.
     fn live_runtime(self: &Arc<Self>) -> Option<&Arc<Runtime>> {
-        let runtime = match self.runtime.get() {
+        let runtime = match self.runtime() {
             Some(runtime) => runtime,
             None => {
                 let here = self.owner().runtime(Handle::try_current().ok()?);
-                self.runtime.get_or_init(|| here)
+                self.late_runtime.get_or_init(|| here)
             }
         };
         // The set's own code runs on a runtime that lives.
@@ -795,6 +805,13 @@ impl Set {
         who: Who,
     ) -> Option<Key> {
         runtime?.add(until?, self, who)
+    }
+
+    /// Forgets a deadline that was [noted](Self::note).
+    fn forget(&self, key: Option<Key>) {
+        if let (Some(key), Some(runtime)) = (key, self.runtime()) {
+            runtime.remove(key);
+        }
     }
 
     /// Whether some task was told something: then it looks at its [`order`](Self::order).
@@ -928,24 +945,20 @@ impl Set {
         outcome: Outcome,
         waker: Option<Waker>,
     ) {
-        let extra = inner.extras.remove(&slot);
+        let extra = if inner.extras.is_empty() { None } else { inner.extras.remove(&slot) };
         let Kind { name, site, .. } = inner.kinds[kind];
-        let mut idle = None;
-        let mut keys: SmallVec<[Key; 3]> = SmallVec::new();
         if let Some(extra) = &extra {
-            keys.extend(extra.timeout);
-            keys.extend(extra.lifetime.and_then(|lifetime| lifetime.key));
+            self.forget(extra.timeout);
+            self.forget(extra.lifetime.and_then(|lifetime| lifetime.key));
         }
+        let mut idle = None;
         if inner.live == 0 {
             idle = inner.idle.take();
-            keys.extend(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
+            self.forget(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
         }
         let over = inner.is_over(self.own);
         drop(inner);
         drop(waker);
-        if let Some(runtime) = self.runtime.get() {
-            keys.into_iter().for_each(|key| runtime.remove(key));
-        }
         if let Some(limit) = &self.config.limit {
             limit.release();
         }
@@ -987,41 +1000,62 @@ impl Set {
             drop(inner);
             return self.settle(over, false);
         }
-        let runtime = self.runtime.get();
         let chosen = self.policy(&inner).get(end).unwrap_or_default();
         let order = Order::Cancel(end.into());
-        let mut lifetime = Lifetime::begin(chosen);
         let mut told = false;
-        let mut wind = None;
+        let mut earliest = None;
+        let mut lifetime = Lifetime::begin(chosen);
         if lifetime.is_over() {
             inner.order = Some(order);
             told = true;
-        } else {
-            lifetime.key = self.note(runtime, lifetime.until, Who::Set);
-            wind = lifetime.key;
+        } else if !lifetime.is_far() {
+            lifetime.key = self.note(self.runtime(), lifetime.until, Who::Set);
+            earliest = lifetime.until;
         }
+        let is_far = lifetime.is_far();
         inner.lifetime = Some(lifetime);
         for (slot, extra) in &mut inner.extras {
-            let Some(policy) = &extra.policy else {
-                continue;
-            };
+            let Some(policy) = &extra.policy else { continue };
             let mut lifetime = Lifetime::begin(policy.get(end).unwrap_or(chosen));
             if lifetime.is_over() {
                 extra.order.get_or_insert(order);
                 told = true;
             } else {
-                lifetime.key = self.note(runtime, lifetime.until, Who::Task(*slot));
-                wind = wind.into_iter().chain(lifetime.key).min();
+                lifetime.key = self.note(self.runtime(), lifetime.until, Who::Task(*slot));
+                earliest = earliest.into_iter().chain(lifetime.until).min();
             }
             extra.lifetime = Some(lifetime);
         }
         drop(inner);
-        if let (Some(runtime), Some(key)) = (runtime, wind) {
-            runtime.wind(key);
+        if let Some(runtime) = self.runtime() {
+            if is_far {
+                runtime.expect();
+            }
+            if let Some(at) = earliest {
+                runtime.wind(at);
+            }
         }
         if told {
             self.wake_told();
         }
+    }
+
+    /// The reaper looks for deadlines that were far away, and takes in what comes before
+    /// `horizon`. Whether this set has one.
+    pub(crate) fn come_near(self: &Arc<Self>, runtime: &Arc<Runtime>, horizon: Instant) -> bool {
+        if !self.runtime().is_some_and(|own| Arc::ptr_eq(own, runtime)) {
+            return false;
+        }
+        let mut inner = self.lock();
+        if inner.live == 0 || inner.order.is_some() {
+            return false;
+        }
+        let Some(lifetime) = &mut inner.lifetime else { return false };
+        let Some(until) = lifetime.until else { return false };
+        if lifetime.key.is_none() && until <= horizon {
+            lifetime.key = runtime.add(until, self, Who::Set);
+        }
+        true
     }
 
     /// A deadline that was [noted](Self::note) has come.

@@ -1,0 +1,281 @@
+//! What requests and their tasks ask of the allocator.
+#![expect(clippy::cast_precision_loss, reason = "no figure is that large")]
+
+use std::{
+    future::{pending, poll_fn},
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use allocation_counter::{AllocationInfo, measure};
+use tokio::{
+    runtime::{Builder, Runtime},
+    task::yield_now,
+    time::sleep,
+};
+use tower_tasks_benches::{Budgets, args, grouped, table};
+
+use crate::ways::{Job, Task, Way, head, request, with_way};
+
+mod ways;
+
+const WAYS: [&str; 10] = [
+    "tokio::spawn",
+    "JoinSet",
+    "tracker + child token",
+    "scope-spawn",
+    "tower-scope-spawn",
+    "by hand",
+    "by hand + permit",
+    "ours",
+    "ours + limit",
+    "ours + timeout",
+];
+
+fn main() {
+    let quick = args().iter().any(|arg| arg == "--quick");
+    let mut budgets = Budgets::default();
+    per_request(&mut budgets);
+    bytes_in_the_future(&mut budgets);
+    live(if quick { 100_000 } else { 1_000_000 }, &mut budgets);
+    under_a_limit(if quick { 100_000 } else { 1_000_000 }, &mut budgets);
+    budgets.print();
+}
+
+fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// Allocations and bytes of one request in the steady state.
+struct Steady<'a, F> {
+    tasks: usize,
+    task: F,
+    result: &'a mut (f64, f64),
+}
+
+impl<T: Task, F: Fn() -> T + Copy + Send + 'static> Job for Steady<'_, F> {
+    fn with(self, way: impl Way) {
+        const REQUESTS: u32 = 50;
+        let mut service = way.service(self.tasks, self.task);
+        let runtime = runtime();
+        let mut serve = |requests| {
+            runtime.block_on(async {
+                for _ in 0..requests {
+                    request(&mut service).await;
+                    way.wait(0).await;
+                }
+            });
+        };
+        serve(REQUESTS);
+        let info = measure(|| serve(REQUESTS));
+        let per_request = |total: u64| total as f64 / f64::from(REQUESTS);
+        *self.result = (per_request(info.count_total), per_request(info.bytes_total));
+    }
+}
+
+fn steady<T: Task>(
+    way: &str,
+    tasks: usize,
+    task: impl Fn() -> T + Copy + Send + 'static,
+) -> (f64, f64) {
+    let mut result = (0.0, 0.0);
+    with_way(way, Steady { tasks, task, result: &mut result });
+    result
+}
+
+fn wait_once() -> impl Task {
+    let mut waited = false;
+    poll_fn(move |cx| {
+        if waited {
+            return Poll::Ready(());
+        }
+        waited = true;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+}
+
+fn per_request(budgets: &mut Budgets) {
+    let counts = [0, 1, 3, 4, 8, 64, 1000];
+    let mut rows = Vec::new();
+    for way in WAYS {
+        let mut row = vec![way.to_owned()];
+        for tasks in counts {
+            let (allocations, bytes) = steady(way, tasks, wait_once);
+            row.push(format!("{} / {}", shortest(allocations), grouped(bytes)));
+            if way == "ours" || way == "ours + limit" {
+                let most = match tasks {
+                    0 => 0.0,
+                    1..=4 => tasks as f64 + 1.0,
+                    _ => tasks as f64 + 1.0 + (tasks as f64 / 4.0).log2().ceil(),
+                };
+                budgets.most(
+                    &format!("{way}: allocations of a request with {tasks} tasks"),
+                    allocations,
+                    most,
+                    0,
+                );
+            }
+        }
+        rows.push(row);
+    }
+    let heads = counts.map(|tasks| format!("{tasks} tasks"));
+    let heads: Vec<_> = [String::new()].into_iter().chain(heads).collect();
+    table(
+        "Allocations / bytes requested per request in the steady state; tasks wait once",
+        &heads,
+        &rows,
+    );
+}
+
+/// `2`, but `2.46`.
+fn shortest(value: f64) -> String {
+    if value.fract() == 0.0 { grouped(value) } else { format!("{value:.2}") }
+}
+
+/// A future of so many words.
+struct Words<const N: usize>([usize; N]);
+
+impl<const N: usize> Future for Words<N> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<()> {
+        std::hint::black_box(&self.0);
+        Poll::Ready(())
+    }
+}
+
+/// Bytes of the allocation that a task with a future of `N` words has: what a request with two
+/// takes more than one with one, in the steps of 128 that the runtime makes.
+fn task_of<const N: usize>(way: &str) -> f64 {
+    let words = || Words([0; N]);
+    let one = steady(way, 1, words).1;
+    let two = steady(way, 2, words).1;
+    ((two - one) / 128.0).floor() * 128.0
+}
+
+/// For futures of so many words, which of them have an allocation of at most 384 bytes.
+macro_rules! sizes {
+    ($($words:literal)*) => {
+        [$(($words * 8, task_of::<$words> as fn(&str) -> f64)),*]
+    };
+}
+
+fn bytes_in_the_future(budgets: &mut Budgets) {
+    const ALLOCATION: f64 = 384.0;
+    let sizes = sizes!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28
+        29 30 31 32 33 34 35 36);
+    let mut raw = 0;
+    let mut rows = Vec::new();
+    for way in WAYS {
+        let fits = sizes.iter().rev().find(|(_, task)| task(way) <= ALLOCATION);
+        let small = [1, 3, 8, 15].map(|words| grouped(sizes[words].1(way)));
+        let Some(fits) = fits.map(|(bytes, _)| *bytes) else {
+            let more = format!("> {raw}");
+            rows.push([way.to_owned(), more].into_iter().chain(small).collect());
+            continue;
+        };
+        if way == "tokio::spawn" {
+            raw = fits;
+        }
+        let added = raw - fits;
+        rows.push([way.to_owned(), added.to_string()].into_iter().chain(small).collect());
+        match way {
+            "ours" | "ours + limit" => {
+                budgets.most(&format!("{way}: bytes in the future"), f64::from(added), 16.0, 0);
+            }
+            "ours + timeout" => {
+                budgets.most(&format!("{way}: bytes in the future"), f64::from(added), 32.0, 0);
+            }
+            _ => {}
+        }
+    }
+    table(
+        &format!(
+            "Bytes added to the future, by the largest that fits into {ALLOCATION}; the task's \
+             allocation for futures of some sizes"
+        ),
+        &["", "added", "8 bytes", "24 bytes", "64 bytes", "120 bytes"],
+        &rows,
+    );
+}
+
+/// Bytes that a live task holds.
+struct Live<'a, F> {
+    tasks: usize,
+    task: F,
+    result: &'a mut f64,
+}
+
+impl<T: Task, F: Fn() -> T + Copy + Send + 'static> Job for Live<'_, F> {
+    fn with(self, way: impl Way) {
+        let runtime = runtime();
+        let mut service = way.service(self.tasks, self.task);
+        let mut kept = None;
+        let info = measure(|| {
+            runtime.block_on(async {
+                kept = Some(head(&mut service).await);
+                // Each of them has been polled once.
+                for _ in 0..self.tasks / 30 {
+                    yield_now().await;
+                }
+            });
+        });
+        *self.result = info.bytes_current as f64 / self.tasks as f64;
+    }
+}
+
+fn live(tasks: usize, budgets: &mut Budgets) {
+    let ways = WAYS.into_iter().filter(|way| *way != "tower-scope-spawn");
+    let bytes = |way: &str| {
+        let mut bytes = [0.0; 2];
+        let [pends, sleeps] = &mut bytes;
+        with_way(way, Live { tasks, task: pending::<()>, result: pends });
+        with_way(way, Live { tasks, task: || sleep(Duration::from_secs(3600)), result: sleeps });
+        bytes
+    };
+    let raw = bytes("tokio::spawn");
+    let mut rows = Vec::new();
+    for way in ways {
+        let bytes = bytes(way);
+        let mut row = vec![way.to_owned()];
+        for (bytes, raw) in bytes.into_iter().zip(raw) {
+            row.push(format!("{bytes:.0} ({:.2})", bytes / raw));
+        }
+        if way == "ours" {
+            for (shape, at) in [("pending", 0), ("sleeping", 1)] {
+                let what = format!("ours: bytes requested for a {shape} task, of tokio::spawn");
+                budgets.most(&what, bytes[at] / raw[at], f64::INFINITY, 2);
+            }
+        }
+        rows.push(row);
+    }
+    let title = format!(
+        "Bytes requested for a live task, of {} in one request (of tokio::spawn)",
+        grouped(tasks as f64)
+    );
+    table(&title, &["", "pending", "sleeping"], &rows);
+}
+
+fn under_a_limit(tasks: usize, budgets: &mut Budgets) {
+    const LIMIT: usize = 50_000;
+    let run = |work: &dyn Fn(&Runtime)| -> AllocationInfo {
+        let runtime = runtime();
+        measure(|| work(&runtime))
+    };
+    let hand = run(&|runtime| runtime.block_on(ways::semaphore_and_tracker(tasks, LIMIT)));
+    let ours = run(&|runtime| runtime.block_on(ways::registry_with_limit(tasks, LIMIT)));
+    let rows = [("Semaphore + TaskTracker", hand), ("ours", ours)].map(|(way, info)| {
+        let peak = grouped(info.bytes_max as f64);
+        vec![way.to_owned(), peak, grouped(info.count_total as f64)]
+    });
+    let title = format!(
+        "{} tasks of 10 ms under a limit of {}",
+        grouped(tasks as f64),
+        grouped(LIMIT as f64)
+    );
+    table(&title, &["", "bytes at the peak", "allocations"], &rows);
+    let ratio = ours.bytes_max as f64 / hand.bytes_max as f64;
+    budgets.most("a million under a limit: peak, of Semaphore + TaskTracker", ratio, 1.25, 2);
+}
