@@ -15,9 +15,9 @@
 //!
 //! # Where each layer goes
 //!
-//! From the outside in: [`RequestContextLayer`](request_context::RequestContextLayer), so that
-//! tasks have its values; [`ResponseEndLayer`](response_end::ResponseEndLayer), which can stand
-//! anywhere; [`TaskSetLayer`](task_set::TaskSetLayer), next to the handler. Layers that answer by
+//! From the outside in: [`RequestContextLayer`], so that
+//! tasks have its values; [`ResponseEndLayer`], which can stand
+//! anywhere; [`TaskSetLayer`], next to the handler. Layers that answer by
 //! themselves, a timeout for instance, go outside of the task set if the tasks shall end as with a
 //! client that left, and inside if their answer is a response like any other. With axum put all
 //! of them into one `.layer((..))`: each further call of it costs four allocations a request.
@@ -45,7 +45,10 @@ pub use tower_response_end::{End, ResponseEndLayer};
 #[cfg(feature = "spawn-limit")]
 pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 #[cfg(feature = "task-set")]
-pub use tower_task_set::{AtEnd, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer};
+pub use tower_task_set::{
+    AtEnd, Outcome, TaskError, TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
+    assert_drained,
+};
 
 /// Runs the README's quick start: `cargo test` of the whole workspace has all features on.
 #[cfg(all(doctest, feature = "full"))]

@@ -77,12 +77,14 @@ impl RequestContext {
 
     /// The context of the request that is being served here, or an [empty](Self::is_empty) one.
     pub fn current() -> Self {
-        Scope::with_current(|here| {
-            if let Some(task) = here.task {
-                here.context = here.context.inherit(&task);
-                here.task = None;
-            }
-            here.context.clone()
+        if HERE.with(|here| here.task.get()).is_some() {
+            Scope::make_own();
+        }
+        HERE.with(|here| {
+            let current = here.replace(Self::new());
+            let clone = current.clone();
+            here.replace(current);
+            clone
         })
     }
 
@@ -310,9 +312,10 @@ impl Scope {
         is_other.then(RequestContext::current)
     }
 
-    fn with_current<R>(f: impl FnOnce(&mut Self) -> R) -> R {
-        // Taken out meanwhile, since a user's `Inherit` may ask for the current context in `f`; and
-        // put back if it panics, since its caller may catch that and go on.
+    /// Makes the own values of the task that is current.
+    fn make_own() {
+        // Taken out meanwhile, since a user's `Inherit` may ask for the current context; and put
+        // back if it panics, since its caller may catch that and go on.
         struct PutBack(Scope);
         impl Drop for PutBack {
             fn drop(&mut self) {
@@ -321,7 +324,10 @@ impl Scope {
         }
         let mut here = PutBack(Self::default());
         here.0.swap();
-        f(&mut here.0)
+        if let Some(task) = &here.0.task {
+            here.0.context = here.0.context.inherit(task);
+            here.0.task = None;
+        }
     }
 }
 

@@ -64,7 +64,7 @@
 //!
 //! # Cancellation
 //!
-//! Dropping the response future or the body drops what it wraps and then calls the hook. The hook
+//! Dropping the response future or the body calls the hook and then drops what it wraps. The hook
 //! runs where the end is found, often in a server's connection task, so it must not block. If it
 //! panics, the panic is contained: only the process's panic hook sees it.
 //!
@@ -358,8 +358,8 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             let mut this = this.project();
             if let Some(watched) = this.watched {
-                watched.run(|| this.inner.set(None));
                 watched.end(End::Disconnected);
+                watched.run(|| this.inner.set(None));
             }
         }
     }
@@ -498,11 +498,13 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             let mut this = this.project();
             if let Some(watched) = this.watched {
-                watched.run(|| this.inner.set(None));
                 // R6 classifies a drop and never ends early: HTTP/2 polls on for trailers after
                 // the last byte.
                 let all = this.expected.is_some_and(|expected| *this.passed >= expected);
                 watched.end(if all { End::Completed } else { End::Disconnected });
+                if mem::needs_drop::<B>() {
+                    watched.run(|| this.inner.set(None));
+                }
             }
         }
     }

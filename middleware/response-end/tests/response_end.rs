@@ -1018,8 +1018,9 @@ fn a_hold_that_is_dropped_where_it_was_taken_holds_nothing_around() {
             drop(hold().unwrap());
             ready(Ok::<_, Infallible>(reply(204, Script::new([]))))
         }));
-    drop(assert_ready_ok!(spawn(service.call(get())).poll()));
+    let response = assert_ready_ok!(spawn(service.call(get())).poll());
     assert_eq!((outer.told(), inner.told()), (vec![Completed], vec![Completed]));
+    drop(response);
 }
 
 #[test]

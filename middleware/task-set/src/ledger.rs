@@ -119,8 +119,8 @@ pub struct LiveTask {
 
 impl fmt::Display for LiveTask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, site, age, state, at_end, .. } = self;
-        write!(f, "{name} ({state}, {at_end}, {age:?} old, spawned at {site}")?;
+        let Self { name, site, age, state, .. } = self;
+        write!(f, "{name} ({state}, {} ms old, spawned at {site}", age.as_millis())?;
         match self.trace_id {
             Some(id) => write!(f, ", trace {id})"),
             None => f.write_str(")"),

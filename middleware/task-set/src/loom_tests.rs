@@ -46,7 +46,7 @@ fn set(registry: &TaskRegistry) -> Arc<Set> {
 
 fn enter(set: &Arc<Set>) -> Result<Member, SpawnError> {
     match set.enter(&plan(), None) {
-        Ok((member, _)) => Ok(member),
+        Ok(ticket) => Ok(ticket.member(set)),
         Err(Refusal::Because(reason)) => Err(reason),
         Err(Refusal::Gone) => panic!("only a set of the registry is gone"),
     }
@@ -233,7 +233,8 @@ fn a_late_cancellation_does_not_hit_the_next_task_in_the_same_place() {
     let seen = outcomes(|| {
         let registry = TaskRegistry::new();
         let set = set(&registry);
-        let Ok((first, canceller)) = set.enter(&plan(), None) else { panic!("it is open") };
+        let Ok(ticket) = set.enter(&plan(), None) else { panic!("it is open") };
+        let (first, canceller) = (ticket.member(&set), ticket.canceller(&set));
         let canceller = thread::spawn(move || canceller.cancel());
         complete(first);
         let second = enter(&set).unwrap();
@@ -256,8 +257,8 @@ fn a_set_of_the_registry_that_just_emptied_is_replaced_by_another() {
         let second = loop {
             let set = registry.own_set().unwrap();
             match set.enter(&plan(), None) {
-                Ok((member, _)) => {
-                    complete(member);
+                Ok(ticket) => {
+                    complete(ticket.member(&set));
                     break set;
                 }
                 Err(Refusal::Gone) => {}

@@ -135,6 +135,7 @@ pub struct ResponseScope {
 }
 
 impl ResponseScope {
+    #[inline]
     pub(crate) fn new(layer: &Arc<Config>) -> Self {
         let nested = is_owned_by(&layer.owner);
         if nested && !layer.layer.is_empty() {
@@ -176,9 +177,11 @@ fn is_owned_by(owner: &Arc<Owner>) -> bool {
 }
 
 impl Watch for ResponseScope {
+    #[inline]
     fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
         struct Leave<'a>(&'a mut ResponseScope);
         impl Drop for Leave<'_> {
+            #[inline]
             fn drop(&mut self) {
                 self.0.swap();
             }

@@ -195,7 +195,7 @@ impl TaskRegistry {
             };
             // A set whose last task has just ended is replaced by another.
             match set.admit(plan) {
-                Ok(admitted) => return Ok(admitted.spawn(future)),
+                Ok(ticket) => return Ok(set.spawn(&ticket, future)),
                 Err(set::Refusal::Gone) => {}
                 Err(set::Refusal::Because(reason)) => return Err(Refused { reason, future }),
             }

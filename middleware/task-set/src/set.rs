@@ -267,7 +267,7 @@ where
     F::Output: Send + 'static,
 {
     match set.admit(plan) {
-        Ok(admitted) => Ok(admitted.spawn(future)),
+        Ok(ticket) => Ok(set.spawn(&ticket, future)),
         Err(refusal) => Err(Refused { reason: refusal.reason(), future }),
     }
 }
@@ -290,21 +290,24 @@ impl Refusal {
 }
 
 /// A task that its set counts, and that is yet to be given to the runtime.
-pub(crate) struct Admitted<'a> {
-    member: Member,
-    canceller: Canceller,
-    runtime: &'a Runtime,
+///
+/// Small, to be returned in registers.
+#[must_use = "the set counts it: make it a member"]
+pub(crate) struct Ticket {
+    slot: u32,
+    generation: u16,
+    has_extra: bool,
 }
 
-impl Admitted<'_> {
-    #[track_caller]
-    pub(crate) fn spawn<F>(self, future: F) -> TaskHandle<F::Output>
-    where
-        F: Future + Send + 'static,
-        F::Output: Send + 'static,
-    {
-        let join = self.runtime.handle.spawn(Tracked::new(future, self.member));
-        TaskHandle::new(join, self.canceller)
+impl Ticket {
+    #[inline]
+    pub(crate) fn member(&self, set: &Arc<Set>) -> Member {
+        Member::new(set.clone(), self.slot, self.has_extra)
+    }
+
+    #[inline]
+    pub(crate) fn canceller(&self, set: &Arc<Set>) -> Canceller {
+        Canceller { set: set.clone(), slot: self.slot, generation: self.generation }
     }
 }
 
@@ -327,7 +330,7 @@ pub(crate) struct Set {
 struct Inner {
     /// What was chosen, once it differs from the layer's choice.
     policy: Option<Box<Policy>>,
-    kinds: SmallVec<[Kind; 2]>,
+    kinds: SmallVec<[Kind; 4]>,
     /// Where a name and site are in `kinds`, when these are many.
     // Boxed, for nearly no set has one and all have to hold it.
     #[expect(clippy::box_collection)]
@@ -555,6 +558,7 @@ impl Set {
         self.lock().stage != Stage::Counting
     }
 
+    #[inline]
     fn runtime(&self) -> Option<&Arc<Runtime>> {
         self.runtime.as_ref().or_else(|| self.late_runtime.get())
     }
@@ -584,12 +588,25 @@ impl Set {
     /// Takes a task in, or says why not. Either way the attempt is counted, unless the set is gone.
     // Not inlined: it is the half of a spawn that does not depend on the future's type.
     #[inline(never)]
-    pub(crate) fn admit<'a>(self: &'a Arc<Self>, plan: &Plan) -> Result<Admitted<'a>, Refusal> {
+    pub(crate) fn admit(self: &Arc<Self>, plan: &Plan) -> Result<Ticket, Refusal> {
         let Some(runtime) = self.live_runtime() else {
             return Err(self.refuse(self.lock(), plan, SpawnError::NoRuntime));
         };
-        let (member, canceller) = self.enter(plan, Some(runtime))?;
-        Ok(Admitted { member, canceller, runtime })
+        self.enter(plan, Some(runtime))
+    }
+
+    /// Gives a task that was admitted to the runtime.
+    #[inline]
+    #[track_caller]
+    pub(crate) fn spawn<F>(self: &Arc<Self>, ticket: &Ticket, future: F) -> TaskHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        let member = ticket.member(self);
+        let runtime = self.runtime().expect("who is admitted has one");
+        let join = runtime.handle.spawn(Tracked::new(future, member));
+        TaskHandle::new(join, ticket.canceller(self))
     }
 
     /// Takes a task in without looking for a runtime to run it.
@@ -598,7 +615,7 @@ impl Set {
         self: &Arc<Self>,
         plan: &Plan,
         runtime: Option<&Arc<Runtime>>,
-    ) -> Result<(Member, Canceller), Refusal> {
+    ) -> Result<Ticket, Refusal> {
         let home = self.new_home(plan);
         let mut inner = self.lock();
         let lifetime = match self.may_enter(&inner, plan) {
@@ -624,8 +641,7 @@ impl Set {
             drop(inner);
         }
         self.settle(false, full);
-        let canceller = Canceller { set: self.clone(), slot, generation };
-        Ok((Member::new(self.clone(), slot, has_extra), canceller))
+        Ok(Ticket { slot, generation, has_extra })
     }
 
     /// The rest of it, for a task that the set knows more of.
@@ -815,6 +831,7 @@ impl Set {
     }
 
     /// Whether some task was told something: then it looks at its [`order`](Self::order).
+    #[inline]
     pub(crate) fn has_orders(&self) -> bool {
         // Relaxed, for what counts is read under the lock. A task that misses the flag here has
         // either not given its waker yet, and looks again when it does; or it was woken after the
@@ -822,16 +839,19 @@ impl Set {
         self.orders.load(Ordering::Relaxed)
     }
 
+    #[inline(never)]
     pub(crate) fn order(&self, slot: u32) -> Option<Order> {
         self.lock().order(slot)
     }
 
     /// The task awaits for the first time. It may have been told something while its waker was not
     /// known.
-    pub(crate) fn wait(&self, slot: u32, waker: Waker) -> Option<Order> {
+    #[inline(never)]
+    pub(crate) fn wait(&self, slot: u32, waker: &Waker) -> Option<Order> {
         let age = self.born.elapsed();
         let ticks = u64::from(age.subsec_nanos() / (1_000_000_000 / TICKS));
         let since = age.as_secs().saturating_mul(TICKS.into()).saturating_add(ticks);
+        let waker = waker.clone();
         let mut inner = self.lock();
         let order = inner.order(slot);
         let entry = &mut inner.tasks[slot as usize];
@@ -845,6 +865,7 @@ impl Set {
         order
     }
 
+    #[inline]
     pub(crate) fn has_context(&self) -> bool {
         !self.context.is_empty()
     }
@@ -918,64 +939,56 @@ impl Set {
         drop(catch(|| drop(home)));
     }
 
-    /// The task has ended, and its destructors have run.
+    /// The task has ended, and its destructors have run. What others wait for is done before it is
+    /// counted: who finds no task alive finds the permit free, and the observer told.
     #[inline(never)]
-    pub(crate) fn leave(self: &Arc<Self>, slot: u32, outcome: Outcome) {
+    pub(crate) fn leave(self: &Arc<Self>, slot: u32, has_extra: bool, outcome: Outcome) {
+        if has_extra {
+            self.part(slot, outcome);
+        }
+        if let Some(limit) = &self.config.limit {
+            limit.release();
+        }
         let mut inner = self.lock();
         let (kind, waker) = inner.free_slot(slot);
         inner.kinds[kind].end(outcome);
+        if !inner.extras.is_empty() {
+            inner.extras.remove(&slot);
+        }
         inner.live -= 1;
-        if inner.live == 0 || !inner.extras.is_empty() {
-            return self.leave_last(inner, slot, kind, outcome, waker);
+        if inner.live == 0 {
+            self.leave_last(inner);
+        } else {
+            drop(inner);
         }
-        drop(inner);
         drop(waker);
-        if let Some(limit) = &self.config.limit {
-            limit.release();
-        }
     }
 
-    /// The rest of it, for a task that the set knows more of, or that is the last.
     #[inline(never)]
-    fn leave_last(
-        self: &Arc<Self>,
-        mut inner: MutexGuard<'_, Inner>,
-        slot: u32,
-        kind: usize,
-        outcome: Outcome,
-        waker: Option<Waker>,
-    ) {
-        let extra = if inner.extras.is_empty() { None } else { inner.extras.remove(&slot) };
-        let Kind { name, site, .. } = inner.kinds[kind];
-        if let Some(extra) = &extra {
-            self.forget(extra.timeout);
-            self.forget(extra.lifetime.and_then(|lifetime| lifetime.key));
-        }
-        let mut idle = None;
-        if inner.live == 0 {
-            idle = inner.idle.take();
-            self.forget(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
-        }
+    fn leave_last(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
+        let idle = inner.idle.take();
+        self.forget(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
         let over = inner.is_over(self.own);
         drop(inner);
-        drop(waker);
-        if let Some(limit) = &self.config.limit {
-            limit.release();
-        }
-        if let Some(observer) = &self.config.observer {
-            let elapsed = extra.as_ref().and_then(|extra| extra.started);
-            let elapsed = elapsed.map(|started| started.elapsed()).unwrap_or_default();
-            let event = TaskEvent::Ended { name, site, outcome, elapsed };
-            drop(catch(|| observer.observe(&event)));
-        }
-        if extra.is_some() {
-            // Values and a span: the code of others.
-            drop(catch(|| drop(extra)));
-        }
         if let Some(idle) = idle {
             idle.notify_waiters();
         }
         self.settle(over, false);
+    }
+
+    /// Ends what the set knows of a task beyond its entry.
+    #[inline(never)]
+    fn part(&self, slot: u32, outcome: Outcome) {
+        let Some(extra) = self.lock().extras.remove(&slot) else { return };
+        self.forget(extra.timeout);
+        self.forget(extra.lifetime.and_then(|lifetime| lifetime.key));
+        // An observer, values and a span: the code of others.
+        if let (Some(observer), Some(started)) = (&self.config.observer, extra.started) {
+            let (name, site) = self.name_and_site(slot);
+            let event = TaskEvent::Ended { name, site, outcome, elapsed: started.elapsed() };
+            drop(catch(|| observer.observe(&event)));
+        }
+        drop(catch(|| drop(extra)));
     }
 
     pub(crate) fn name_and_site(&self, slot: u32) -> (&'static str, &'static Location<'static>) {
@@ -1423,12 +1436,13 @@ mod tests {
         let registry = TaskRegistry::new();
         let set = Set::new(registry.config().clone(), RequestContext::new());
         let plan = Plan::new("task", Location::caller());
-        let (first, _) = set.enter(&plan, None).expect("it is open");
+        let first = set.enter(&plan, None).expect("it is open").member(&set);
         let nearly = u64::from(u32::MAX / 2) - 2;
         set.lock().kinds[0].attempted += u32::try_from(nearly).expect("fits");
         set.lock().kinds[0].refused += u32::try_from(nearly).expect("fits");
 
-        let members: Vec<_> = (0..5).map(|_| set.enter(&plan, None).expect("open").0).collect();
+        let enter = |_| set.enter(&plan, None).expect("it is open").member(&set);
+        let members: Vec<_> = (0..5).map(enter).collect();
         let counts = registry.snapshot().totals;
         assert!(counts.is_exact(), "{counts:?}");
         assert_eq!((counts.attempted, counts.live), (nearly + 6, 6));
@@ -1449,7 +1463,7 @@ mod tests {
         let names: Vec<&'static str> =
             (0..100).map(|n| &*Box::leak(n.to_string().into_boxed_str())).collect();
         for name in names.iter().chain(&names) {
-            drop(set.enter(&Plan::new(name, site), None).expect("it is open"));
+            drop(set.enter(&Plan::new(name, site), None).expect("it is open").member(&set));
         }
         let by_name = registry.snapshot().by_name;
         assert_eq!(by_name.len(), 100);

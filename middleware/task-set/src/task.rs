@@ -225,16 +225,19 @@ impl Member {
         Self { set: Some(set), slot, outcome: None, extra, phase: Phase::Started }
     }
 
+    #[inline]
     fn set(&self) -> &Arc<Set> {
         self.set.as_ref().expect("the set is here while the task's code does not run")
     }
 
     /// What the task was told, if it was.
+    #[inline]
     fn order(&self) -> Option<Order> {
         let set = self.set();
         if set.has_orders() { set.order(self.slot) } else { None }
     }
 
+    #[inline]
     fn obey(&mut self, order: Order) -> TaskError {
         self.outcome = Some(order.outcome());
         order.error()
@@ -254,6 +257,8 @@ impl Member {
         if home.is_some() {
             self.extra |= self.set().leave_home(self.slot, &mut home);
         }
+        // It is `None` by now, which the compiler does not see.
+        std::mem::forget(home);
         result
     }
 
@@ -289,18 +294,20 @@ impl Member {
 
     /// The task has come to an await. The waker is registered once, and then looked again for an
     /// order: one that was given before the set knew the waker has woken nobody.
+    #[inline]
     fn wait(&mut self, cx: &Context<'_>) -> Option<Order> {
         if self.phase == Phase::Waits {
             return None;
         }
         self.phase = Phase::Waits;
-        self.set().wait(self.slot, cx.waker().clone())
+        self.set().wait(self.slot, cx.waker())
     }
 
     /// The future is about to be dropped: in its set and context too. `Drop` leaves them.
     ///
     /// There is no place to keep what was current before. So this is done only where nothing was:
     /// always, but where a dead runtime drops a future in the middle of its spawn.
+    #[inline]
     fn enter_drop(&mut self) {
         let unwinding = thread::panicking();
         let in_scope = self.is_away() && self.set().enter_drop(self.slot, self.extra);
@@ -336,7 +343,7 @@ impl Drop for Member {
         if in_scope {
             set.leave_drop(self.slot);
         }
-        set.leave(self.slot, outcome);
+        set.leave(self.slot, self.extra, outcome);
     }
 }
 
