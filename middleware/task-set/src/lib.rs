@@ -92,6 +92,7 @@ mod registry;
 mod set;
 mod sync;
 mod task;
+mod task_set;
 
 #[cfg(feature = "axum")]
 mod extract;
@@ -116,8 +117,9 @@ pub use lifetime::AtEnd;
 pub use observe::{Observe, TaskEvent};
 pub use place::ResponseScope;
 pub use registry::{TaskRegistry, assert_drained};
-pub use set::{Hold, NewTask, NoTaskSet, TaskSet};
+
 pub use task::{AbortHandle, Cause, Outcome, TaskError, TaskHandle};
+pub use task_set::{Hold, NewTask, NoTaskSet, TaskSet};
 pub use tower_response_end::{End, Http, Plain};
 pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 

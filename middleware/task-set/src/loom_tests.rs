@@ -18,8 +18,9 @@ use tower_spawn_limit::SpawnError;
 
 use crate::{
     AtEnd, TaskError, TaskRegistry,
-    set::{Plan, Refusal, Set},
+    set::{Refusal, Set},
     task::{Cause, Member, Outcome, Tracked},
+    task_set::Plan,
 };
 
 /// Runs a model, and returns the outcomes that were reached.

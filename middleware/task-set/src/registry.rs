@@ -15,9 +15,10 @@ use crate::{
     ledger::Base,
     lifetime::Policy,
     reaper::Runtime,
-    set::{self, NewTask, Plan, Set},
+    set::{self, Set},
     sync::{Mutex, Notify, lock},
     task::Cause,
+    task_set::{NewTask, Plan},
 };
 
 /// The owner of all tasks of a process, or of a part of it: limits, policies, and the ledger.

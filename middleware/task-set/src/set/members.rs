@@ -1,0 +1,261 @@
+use std::{
+    collections::{BTreeMap, HashMap},
+    panic::Location,
+    sync::Arc,
+    task::Waker,
+    time::Duration,
+};
+
+use smallvec::SmallVec;
+use tokio::time::Instant;
+use tower_request_context::TraceId;
+use tower_response_end::End;
+use tower_spawn_limit::SpawnError;
+use tracing::Span;
+
+use super::Home;
+use crate::{
+    AtEnd,
+    ledger::{Kind, OTHER},
+    lifetime::Policy,
+    reaper::{Key, Runtime},
+    sync::Notify,
+    task::Order,
+    task_set::Plan,
+};
+
+pub(super) struct Inner {
+    /// What was chosen, once it differs from the layer's choice.
+    pub(super) policy: Option<Box<Policy>>,
+    pub(super) kinds: SmallVec<[Kind; 4]>,
+    /// Where a name and site are in `kinds`, when these are many.
+    // Boxed, for nearly no set has one and all have to hold it.
+    #[expect(clippy::box_collection)]
+    pub(super) index: Option<Box<HashMap<(usize, usize), usize>>>,
+    pub(super) tasks: SmallVec<[Entry; 4]>,
+    /// The first entry that is free; its `since` is the next.
+    pub(super) free: u32,
+    pub(super) live: u32,
+    /// What only some tasks have.
+    pub(super) extras: BTreeMap<u32, Extra>,
+    pub(super) end: Option<End>,
+    /// Accepts nothing, whether it has ended or not: the registry is closed.
+    pub(super) closed: bool,
+    /// All tasks were told to end.
+    pub(super) cancelled: bool,
+    pub(super) stage: Stage,
+    /// What the tasks without a lifetime of their own were told.
+    pub(super) order: Option<Order>,
+    /// Theirs, once the response is over.
+    pub(super) lifetime: Option<Lifetime>,
+    pub(super) holds: u32,
+    pub(super) held_end: Option<End>,
+    pub(super) idle: Option<Arc<Notify>>,
+}
+
+/// Who counts what is attempted here.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// The set.
+    Counting,
+    /// A set of the registry takes no task any more: the registry has another.
+    Gone,
+    /// The set's counts are in the base of its shard, which counts what comes too late.
+    Retired,
+}
+
+/// One task. 24 bytes: with its future, what a task costs while it waits.
+pub(super) struct Entry {
+    /// Registered at the first await, taken out when the task is told something.
+    pub(super) waker: Option<Waker>,
+    /// When it first awaited: in ticks since the set was made.
+    pub(super) since: u32,
+    pub(super) kind: u16,
+    /// Which of the tasks that come to be in this place one after another.
+    pub(super) generation: u16,
+}
+
+/// Of `Entry::since`: in a second, so that it lasts for two years.
+pub(super) const TICKS: u32 = 64;
+/// As `Entry::kind`: nobody is here.
+pub(super) const FREE: u16 = u16::MAX;
+/// So many kinds a set tells apart; what is more is counted as one other.
+pub(super) const KINDS_MAX: usize = FREE as usize - 1;
+/// So many kinds are looked through one by one.
+pub(super) const KINDS_LISTED: usize = 16;
+/// As an index of an entry: none is free.
+pub(super) const NONE: u32 = u32::MAX;
+/// What is known of a task beyond its entry.
+#[derive(Default)]
+pub(super) struct Extra {
+    /// Its own choices; with these it has a lifetime of its own.
+    pub(super) policy: Option<Policy>,
+    /// That lifetime, once the response is over.
+    pub(super) lifetime: Option<Lifetime>,
+    pub(super) order: Option<Order>,
+    pub(super) timeout: Option<Key>,
+    pub(super) home: Option<Box<Home>>,
+    pub(super) trace_id: Option<TraceId>,
+    /// For the observer.
+    pub(super) started: Option<Instant>,
+    /// Entered while the task is dropped.
+    pub(super) span: Option<Span>,
+}
+
+impl Extra {
+    pub(super) const fn has_own_lifetime(&self) -> bool {
+        self.policy.is_some() || self.lifetime.is_some()
+    }
+}
+
+/// What was chosen for the time after the response, and the deadline that follows from it.
+#[derive(Clone, Copy)]
+pub(super) struct Lifetime {
+    pub(super) at_end: AtEnd,
+    pub(super) until: Option<Instant>,
+    pub(super) key: Option<Key>,
+}
+
+impl Lifetime {
+    pub(super) fn begin(at_end: AtEnd) -> Self {
+        let until = match at_end {
+            // What is too long to count is for ever.
+            AtEnd::Drain(time) => Instant::now().checked_add(time),
+            AtEnd::Cancel | AtEnd::Keep => None,
+        };
+        Self { at_end, until, key: None }
+    }
+
+    /// The lifetime of a task that is spawned by one with this lifetime, after the response.
+    pub(super) fn of_child(self, chosen: Option<AtEnd>) -> Result<Self, SpawnError> {
+        let child = match chosen {
+            None => return Ok(self.inherited()),
+            Some(AtEnd::Cancel) => return Err(SpawnError::Closed),
+            Some(chosen) => Self::begin(chosen),
+        };
+        let is_longer = match (child.until, self.until) {
+            (Some(child), Some(parent)) => child > parent,
+            (None, Some(_)) => true,
+            (_, None) => false,
+        };
+        Ok(if is_longer { self.inherited() } else { child })
+    }
+
+    /// The same, for another task.
+    pub(super) fn inherited(self) -> Self {
+        Self { key: None, ..self }
+    }
+
+    pub(super) fn is_far(&self) -> bool {
+        matches!(self.at_end, AtEnd::Drain(time) if Runtime::is_far(time))
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.at_end, AtEnd::Cancel | AtEnd::Drain(Duration::ZERO))
+    }
+}
+
+impl Inner {
+    pub(super) fn new(closed: bool, own: bool) -> Self {
+        Self {
+            policy: None,
+            kinds: SmallVec::new(),
+            index: None,
+            tasks: SmallVec::new(),
+            free: NONE,
+            live: 0,
+            extras: BTreeMap::new(),
+            end: None,
+            closed,
+            cancelled: false,
+            stage: Stage::Counting,
+            order: None,
+            lifetime: own.then(|| Lifetime::begin(AtEnd::Keep)),
+            holds: 0,
+            held_end: None,
+            idle: None,
+        }
+    }
+
+    /// What the task in this slot was told.
+    pub(super) fn order(&self, slot: u32) -> Option<Order> {
+        match self.extras.get(&slot) {
+            Some(extra) if extra.order.is_some() || extra.has_own_lifetime() => extra.order,
+            _ => self.order,
+        }
+    }
+
+    /// Whether nothing will be counted here any more. A set of the registry takes no more tasks
+    /// then: it would have to be counted twice.
+    pub(super) fn is_over(&mut self, own: bool) -> bool {
+        let over = self.live == 0
+            && self.holds == 0
+            && (own || self.end.is_some())
+            && self.stage != Stage::Retired;
+        if over && own {
+            self.stage = Stage::Gone;
+        }
+        over
+    }
+
+    #[inline]
+    pub(super) fn kind(&mut self, plan: &Plan) -> usize {
+        match self.kinds.first() {
+            Some(first) if first.is(plan.name, plan.site) => 0,
+            _ => self.other_kind(plan),
+        }
+    }
+
+    #[inline(never)]
+    pub(super) fn other_kind(&mut self, plan: &Plan) -> usize {
+        let found = match &self.index {
+            None => self.kinds.iter().position(|kind| kind.is(plan.name, plan.site)),
+            Some(index) => index.get(&address(plan.name, plan.site)).copied(),
+        };
+        found.unwrap_or_else(|| self.add_kind(plan))
+    }
+
+    #[cold]
+    pub(super) fn add_kind(&mut self, plan: &Plan) -> usize {
+        if self.kinds.len() > KINDS_MAX {
+            return KINDS_MAX;
+        }
+        let other = self.kinds.len() == KINDS_MAX;
+        self.kinds.push(Kind::new(if other { OTHER } else { plan.name }, plan.site));
+        if self.kinds.len() > KINDS_LISTED {
+            let kinds = &self.kinds;
+            let index = self.index.get_or_insert_with(|| {
+                let listed = kinds.iter().enumerate();
+                Box::new(listed.map(|(at, kind)| (address(kind.name, kind.site), at)).collect())
+            });
+            index.insert(address(plan.name, plan.site), self.kinds.len() - 1);
+        }
+        self.kinds.len() - 1
+    }
+
+    pub(super) fn take_slot(&mut self, kind: usize) -> (u32, u16) {
+        // There are less than `FREE`.
+        let kind = u16::try_from(kind).unwrap_or(FREE - 1);
+        if let Some(entry) = self.tasks.get_mut(self.free as usize) {
+            let slot = std::mem::replace(&mut self.free, entry.since);
+            entry.since = 0;
+            entry.kind = kind;
+            return (slot, entry.generation);
+        }
+        self.tasks.push(Entry { waker: None, since: 0, kind, generation: 0 });
+        // A million tasks are some 300 MB: there are no 4 billion.
+        (u32::try_from(self.tasks.len() - 1).unwrap_or(NONE), 0)
+    }
+
+    pub(super) fn free_slot(&mut self, slot: u32) -> (usize, Option<Waker>) {
+        let entry = &mut self.tasks[slot as usize];
+        let kind = std::mem::replace(&mut entry.kind, FREE);
+        entry.since = std::mem::replace(&mut self.free, slot);
+        entry.generation = entry.generation.wrapping_add(1);
+        (kind.into(), entry.waker.take())
+    }
+}
+
+fn address(name: &'static str, site: &'static Location<'static>) -> (usize, usize) {
+    (name.as_ptr() as usize, std::ptr::from_ref(site) as usize)
+}
