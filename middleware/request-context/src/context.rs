@@ -144,16 +144,19 @@ impl RequestContext {
         while let Some(link) = base.head.as_deref().filter(|link| link.value.inherited()) {
             base = &link.parent;
         }
-        let mut newest: Vec<&dyn Value> = Vec::new();
-        for link in self.links().take_while(|link| link.inherits) {
-            let value = &link.value;
-            if value.inherited() && !newest.iter().any(|seen| (**seen).type_id() == value.type_id())
-            {
-                newest.push(value);
-            }
-        }
+        // What a newer value hides stays hidden.
+        let is_newest = |link: &&Link<dyn Value>| {
+            let newer = self.links().take_while(|newer| !std::ptr::addr_eq(*newer, *link));
+            !newer.into_iter().any(|newer| newer.value.get(link.value.key()).is_some())
+        };
+        let own: Vec<_> = self
+            .links()
+            .take_while(|link| link.inherits)
+            .filter(|link| link.value.inherited())
+            .filter(is_newest)
+            .collect();
         let base = base.clone();
-        newest.into_iter().rev().fold(base, |context, value| value.inherit(context, task))
+        own.into_iter().rev().fold(base, |context, link| link.value.inherit(context, task))
     }
 
     /// Whether `task`'s values are needed at once, because somebody wants its span.
@@ -206,7 +209,8 @@ pub trait Inherit: Send + Sync + Sized + 'static {
         Span::none()
     }
 
-    /// Something that this value contains, for those who ask for it by its own type.
+    /// Something that this value contains, for those who ask for it by its own type. In a task it
+    /// is found before a value of that type that was added to the request's context later.
     fn part(&self, wanted: TypeId) -> Option<&dyn Any> {
         let _ = wanted;
         None
@@ -370,6 +374,8 @@ impl<F: Future> Future for Scoped<F> {
 
 /// What a link of the chain holds: a value that all share, or one that is inherited.
 trait Value: Any + Send + Sync {
+    /// The type that it is found by.
+    fn key(&self) -> TypeId;
     fn get(&self, wanted: TypeId) -> Option<&dyn Any>;
     fn type_name(&self) -> &'static str;
 
@@ -390,6 +396,10 @@ trait Value: Any + Send + Sync {
 struct Shared<T>(T);
 
 impl<T: Send + Sync + 'static> Value for Shared<T> {
+    fn key(&self) -> TypeId {
+        TypeId::of::<T>()
+    }
+
     fn get(&self, wanted: TypeId) -> Option<&dyn Any> {
         (TypeId::of::<T>() == wanted).then_some(&self.0)
     }
@@ -402,6 +412,10 @@ impl<T: Send + Sync + 'static> Value for Shared<T> {
 struct Inherited<T>(T);
 
 impl<T: Inherit> Value for Inherited<T> {
+    fn key(&self) -> TypeId {
+        TypeId::of::<T>()
+    }
+
     fn get(&self, wanted: TypeId) -> Option<&dyn Any> {
         if TypeId::of::<T>() == wanted { Some(&self.0) } else { self.0.part(wanted) }
     }

@@ -1,7 +1,7 @@
-use std::fmt;
+use std::{convert::Infallible, fmt};
 
 use axum_core::{
-    extract::FromRequestParts,
+    extract::{FromRequestParts, OptionalFromRequestParts},
     response::{IntoResponse, Response},
 };
 use http::{StatusCode, request::Parts};
@@ -19,6 +19,14 @@ impl<S: Sync> FromRequestParts<S> for RequestContext {
                 .filter(|context| !context.is_empty())
                 .ok_or(NoRequestContext(())),
         }
+    }
+}
+
+impl<S: Sync> OptionalFromRequestParts<S> for RequestContext {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Option<Self>, Infallible> {
+        Ok(<Self as FromRequestParts<S>>::from_request_parts(parts, state).await.ok())
     }
 }
 

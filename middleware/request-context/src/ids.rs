@@ -116,38 +116,39 @@ impl FromStr for SpanId {
 
 /// The id of a request: 1 to 128 characters of `A-Z a-z 0-9 . _ ~ + / = : @ -`, so that it can go
 /// into a log or a header as it is.
-///
-/// It is kept as a header's value: taking one from a request or giving one to a response copies
-/// nothing.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RequestId(HeaderValue);
+// In place, and not the header's value that it came in: that is a part of the buffer that the
+// whole head was read into, which a task must not keep.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct RequestId {
+    len: u8,
+    chars: [u8; Self::MAX],
+}
 
 impl RequestId {
-    /// The id that `value` is, if it is one.
-    pub fn from_header(value: &HeaderValue) -> Option<Self> {
-        Self::is_valid(value.as_bytes()).then(|| {
-            let mut value = value.clone();
-            // It is no secret, whatever the header's sender thought.
-            value.set_sensitive(false);
-            Self(value)
-        })
+    const MAX: usize = 128;
+
+    /// From the bytes of a header's value, if they are an id.
+    pub fn from_bytes(id: &[u8]) -> Option<Self> {
+        let is_safe = |byte: &u8| byte.is_ascii_alphanumeric() || b"._~+/=:@-".contains(byte);
+        // The length first: a value may be of hundreds of kilobytes.
+        if !(1..=Self::MAX).contains(&id.len()) || !id.iter().all(is_safe) {
+            return None;
+        }
+        let mut chars = [0; Self::MAX];
+        chars[..id.len()].copy_from_slice(id);
+        Some(Self { len: u8::try_from(id.len()).ok()?, chars })
     }
 
     /// The id as text.
     pub fn as_str(&self) -> &str {
-        // Its characters are all visible ASCII, so this cannot fail.
-        self.0.to_str().unwrap_or_default()
+        // They are all ASCII, so this cannot fail.
+        std::str::from_utf8(&self.chars[..self.len.into()]).unwrap_or_default()
     }
 
     /// The id as a header's value.
-    pub fn as_header(&self) -> &HeaderValue {
-        &self.0
-    }
-
-    fn is_valid(id: &[u8]) -> bool {
-        // The length first: a value may be of hundreds of kilobytes.
-        (1..=128).contains(&id.len())
-            && id.iter().all(|byte| byte.is_ascii_alphanumeric() || b"._~+/=:@-".contains(byte))
+    pub fn to_header(&self) -> HeaderValue {
+        // They are all visible, so this cannot fail.
+        HeaderValue::from_str(self.as_str()).unwrap_or_else(|_| HeaderValue::from_static(""))
     }
 }
 
@@ -167,10 +168,7 @@ impl FromStr for RequestId {
     type Err = ParseIdError;
 
     fn from_str(text: &str) -> Result<Self, ParseIdError> {
-        if !Self::is_valid(text.as_bytes()) {
-            return Err(ParseIdError(()));
-        }
-        HeaderValue::from_str(text).map(Self).map_err(|_| ParseIdError(()))
+        Self::from_bytes(text.as_bytes()).ok_or(ParseIdError(()))
     }
 }
 

@@ -1328,3 +1328,18 @@ mod axum {
         assert_eq!(body, text);
     }
 }
+
+#[test]
+fn a_task_does_not_uncover_an_inherited_value_that_a_newer_one_hides() {
+    #[derive(Debug, PartialEq)]
+    struct Count(u32);
+    impl Inherit for Count {
+        fn inherit(&self, _: &Task) -> Self {
+            Self(self.0 + 1)
+        }
+    }
+    let context = RequestContext::new().with_inherited(Count(1)).with(Count(9));
+    assert_eq!(context.get(), Some(&Count(9)));
+    let task = Task::new("task", std::panic::Location::caller());
+    assert_eq!(context.inherit(&task).get(), Some(&Count(9)));
+}

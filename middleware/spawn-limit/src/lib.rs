@@ -172,7 +172,8 @@ impl std::error::Error for SpawnError {}
 
 /// A spawn that was refused: the reason, and the future as it was given. Nothing of it has run.
 ///
-/// `?` turns it into its [`SpawnError`].
+/// `?` turns it into its [`SpawnError`]. Into a boxed error it goes as that too, with
+/// `map_err(SpawnError::from)`, for the future may not be `Sync`.
 pub struct Refused<F> {
     /// Why.
     pub reason: SpawnError,

@@ -1,5 +1,7 @@
+use std::convert::Infallible;
+
 use axum_core::{
-    extract::FromRequestParts,
+    extract::{FromRequestParts, OptionalFromRequestParts},
     response::{IntoResponse, Response},
 };
 use http::{StatusCode, request::Parts};
@@ -15,6 +17,14 @@ impl<S: Sync> FromRequestParts<S> for TaskSet {
             Some(set) => Ok(set.clone()),
             None => Self::current(),
         }
+    }
+}
+
+impl<S: Sync> OptionalFromRequestParts<S> for TaskSet {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Option<Self>, Infallible> {
+        Ok(<Self as FromRequestParts<S>>::from_request_parts(parts, state).await.ok())
     }
 }
 
