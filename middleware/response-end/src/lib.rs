@@ -64,7 +64,7 @@
 //!
 //! # Cancellation
 //!
-//! Dropping the response future or the body calls the hook and then drops what it wraps. The hook
+//! Dropping the response future or the body drops what it wraps and then calls the hook. The hook
 //! runs where the end is found, often in a server's connection task, so it must not block. If it
 //! panics, the panic is contained: only the process's panic hook sees it.
 //!
@@ -74,7 +74,8 @@
 //! buffer, while the request's body has not been received to its end, or with `half_close(true)`:
 //! there the response goes on until somebody else ends it. [`ResponseEndLayer::watch_request_body`]
 //! helps where the handler reads the request's body: an error of reading it counts as
-//! `Disconnected`. A body that is leaked has no end.
+//! `Disconnected`. A body that is leaked has no end. A body that ends before its Content-Length is
+//! `Completed` by its own word, though hyper then breaks the connection.
 
 mod hold;
 mod request_body;
@@ -140,7 +141,8 @@ impl<M> ResponseEndLayer<M> {
     }
 
     /// Also watches the request's body: an error of reading it counts as [`End::Disconnected`],
-    /// at once, whatever the handler makes of it.
+    /// at once, whatever the handler makes of it. So a layer that makes errors of its own, such as
+    /// a limit of the body's size, goes inside.
     ///
     /// The inner service then gets a `Request<RequestBody<B>>`. axum's router and tonic's routes
     /// take that as it is (and box it once more); any other service must name the type or be
@@ -253,6 +255,12 @@ pub trait Watch {
         f()
     }
 
+    /// The future or the body is about to be dropped, which is this end unless that panics.
+    /// [`end`](Self::end) follows when it has been.
+    fn before_drop(&mut self, end: End) {
+        let _ = end;
+    }
+
     /// The response is over. Called exactly once.
     fn end(&mut self, end: End);
 }
@@ -327,6 +335,18 @@ impl<W: Watch> Watched<W> {
         result
     }
 
+    /// Drops what is watched: its end, unless it has had that.
+    fn drop_inner<T>(&mut self, end: End, drop_inner: impl FnOnce()) {
+        if !self.ended {
+            self.watch.before_drop(end);
+        }
+        // To enter the scope for nothing is half of what a short body costs.
+        if mem::needs_drop::<T>() {
+            self.run(drop_inner);
+        }
+        self.end(end);
+    }
+
     fn look_at(&mut self, upload: Option<&Upload>, cx: &Context<'_>) {
         if !self.ended && upload.is_some_and(|upload| upload.poll_failed(cx)) {
             self.end(End::Disconnected);
@@ -358,8 +378,7 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             let mut this = this.project();
             if let Some(watched) = this.watched {
-                watched.end(End::Disconnected);
-                watched.run(|| this.inner.set(None));
+                watched.drop_inner::<F>(End::Disconnected, || this.inner.set(None));
             }
         }
     }
@@ -501,10 +520,8 @@ pin_project! {
                 // R6 classifies a drop and never ends early: HTTP/2 polls on for trailers after
                 // the last byte.
                 let all = this.expected.is_some_and(|expected| *this.passed >= expected);
-                watched.end(if all { End::Completed } else { End::Disconnected });
-                if mem::needs_drop::<B>() {
-                    watched.run(|| this.inner.set(None));
-                }
+                let end = if all { End::Completed } else { End::Disconnected };
+                watched.drop_inner::<B>(end, || this.inner.set(None));
             }
         }
     }

@@ -373,12 +373,15 @@ fn a_panic_in_a_poll_of_the_body_is_an_end() {
 
 #[test]
 fn a_panic_in_the_drop_of_the_body_is_an_end() {
-    let ends = Ends::default();
-    let mut script = Script::new([Step::Data(3)]);
-    script.on_drop = Some(Box::new(|| panic!("in the drop")));
-    let response = answer(&ends, get(), reply(200, script));
-    assert!(panics(|| drop(response)));
-    assert_eq!(ends.told(), [Panicked]);
+    for (steps, exact) in [(vec![Step::Data(3)], None), (vec![], Some(0))] {
+        let ends = Ends::default();
+        let mut script = Script::new(steps);
+        script.exact = exact;
+        script.on_drop = Some(Box::new(|| panic!("in the drop")));
+        let response = answer(&ends, get(), reply(200, script));
+        assert!(panics(|| drop(response)));
+        assert_eq!(ends.told(), [Panicked]);
+    }
 }
 
 #[test]
@@ -607,7 +610,7 @@ fn a_body_is_sync_if_the_inner_one_is() {
 }
 
 #[test]
-fn the_inner_body_is_dropped_before_its_end_is_told() {
+fn the_end_is_told_when_the_inner_body_has_been_dropped() {
     let ends = Ends::default();
     let mut script = Script::new([]);
     let seen = ends.clone();
@@ -697,7 +700,7 @@ async fn dropping_a_ready_service_gives_back_what_it_reserved() {
 }
 
 #[tokio::test]
-async fn dropping_the_future_gives_back_what_it_holds_before_the_end_is_told() {
+async fn the_end_is_told_when_the_future_has_given_back_what_it_held() {
     let permits = Arc::new(tokio::sync::Semaphore::new(1));
     let free_at_end = Arc::new(Mutex::new(None));
     let (in_hook, told) = (permits.clone(), free_at_end.clone());
@@ -706,11 +709,12 @@ async fn dropping_the_future_gives_back_what_it_holds_before_the_end_is_told() {
             let (permits, told) = (in_hook.clone(), told.clone());
             move |end| *told.lock().unwrap() = Some((end, permits.available_permits()))
         }))
-        .layer(GlobalConcurrencyLimitLayer::with_semaphore(permits))
+        .layer(GlobalConcurrencyLimitLayer::with_semaphore(permits.clone()))
         .service(service_fn(|_| future::pending::<Result<Response<Script>, Infallible>>()));
     let call = service.ready().await.unwrap().call(get());
     drop(call);
     assert_eq!(*free_at_end.lock().unwrap(), Some((Disconnected, 1)));
+    assert_eq!(permits.available_permits(), 1);
 }
 
 #[tokio::test]
@@ -886,7 +890,7 @@ fn of_two_holds_the_last_counts() {
 }
 
 #[test]
-fn a_hold_can_be_taken_where_the_body_is_polled_and_dropped() {
+fn a_hold_can_be_taken_where_the_body_is_polled() {
     let ends = Ends::default();
     let slot = Slot::default();
     let mut script = Script::new([Step::Data(3)]);
@@ -896,16 +900,6 @@ fn a_hold_can_be_taken_where_the_body_is_polled_and_dropped() {
     let mut body = Box::pin(response.into_body());
     assert_eq!(shown(&poll(body.as_mut())), "data(3)");
     drop(body);
-    assert_eq!(ends.told(), []);
-    slot.release();
-    assert_eq!(ends.told(), [Disconnected]);
-
-    // The drop of the body is before its end, so this holds too.
-    let ends = Ends::default();
-    let mut script = Script::new([]);
-    let in_drop = slot.clone();
-    script.on_drop = Some(Box::new(move || in_drop.put(hold())));
-    drop(answer(&ends, get(), reply(200, script)));
     assert_eq!(ends.told(), []);
     slot.release();
     assert_eq!(ends.told(), [Disconnected]);
@@ -1345,7 +1339,10 @@ fn all_code_of_the_inner_service_runs_in_scope_and_the_end_is_told_once() {
     drop(ResponseFuture::http(Recording(log.clone()), Asked::of(&get()), move || {
         NotingFuture(inner)
     }));
-    assert_eq!(log.lines(), ["in: drop of the future", "out: Disconnected"]);
+    assert_eq!(
+        log.lines(),
+        ["out: before the drop", "in: drop of the future", "out: Disconnected"]
+    );
 }
 
 #[derive(Default)]
@@ -1373,6 +1370,11 @@ impl Watch for Recording {
         let result = f();
         self.0.inside.set(false);
         result
+    }
+
+    fn before_drop(&mut self, end: End) {
+        assert_eq!(end, Disconnected);
+        self.0.note("before the drop");
     }
 
     fn end(&mut self, end: End) {

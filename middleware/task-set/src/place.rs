@@ -194,6 +194,13 @@ impl Watch for ResponseScope {
         f()
     }
 
+    // At once, so that the tasks are told before they see the drop: a task that feeds the body would
+    // else find its channel closed, and end as if it were done. And what is spawned by a destructor
+    // comes too late, as it does when the body has come to its end.
+    fn before_drop(&mut self, end: End) {
+        self.end(end);
+    }
+
     fn end(&mut self, end: End) {
         // From now on no set can be made any more.
         self.layer = None;
