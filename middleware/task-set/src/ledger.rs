@@ -102,8 +102,9 @@ pub struct LiveTask {
     /// Where it was spawned.
     #[cfg_attr(feature = "serde", serde(serialize_with = "text::display"))]
     pub site: &'static Location<'static>,
-    /// How long it has lived, to 16 ms. Of a task that has not come to an await yet: at most this,
-    /// the age of its set.
+    /// How long it has lived, at most. It counts from its first await, to 16 ms; in a set of more
+    /// than eight tasks, from the first await of one of the seven before it. Of a task that has not
+    /// come to an await yet it is the age of its set.
     #[cfg_attr(feature = "serde", serde(rename = "age_ms", serialize_with = "text::millis"))]
     pub age: Duration,
     /// What it is doing.

@@ -230,7 +230,8 @@ pub struct WithTaskSet<S, P = Http> {
 impl<S, P> WithTaskSet<S, P> {
     fn scope<B>(&self, request: &mut Request<B>) -> ResponseScope {
         let mut scope = ResponseScope::new(&self.layer.config);
-        if self.layer.in_extensions {
+        // What is in the type map must not fall behind: the extractor looks there first.
+        if self.layer.in_extensions || request.extensions().get::<TaskSet>().is_some() {
             if let Some(set) = scope.set() {
                 request.extensions_mut().insert(TaskSet::new(set));
             }

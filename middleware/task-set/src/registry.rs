@@ -135,13 +135,14 @@ impl TaskRegistry {
 
     /// Whether it was [closed](Self::close).
     pub fn is_closed(&self) -> bool {
-        lock(&self.owner().shards[0].0).closed
+        // The last one that `close` comes to: now all are.
+        lock(&self.owner().shards[Owner::SHARDS - 1].0).closed
     }
 
     /// Tells all tasks that live now to end, for [`Cause::Shutdown`], kept ones too. What is
     /// spawned later is not affected: [`close`](Self::close) first.
     pub fn cancel_all(&self) {
-        for set in self.owner().take_sets() {
+        for set in self.owner().sets() {
             set.cancel(Cause::Shutdown);
         }
     }
@@ -173,6 +174,10 @@ impl TaskRegistry {
     /// no lock is held for longer than one of them takes.
     pub fn snapshot(&self) -> Snapshot {
         self.owner().snapshot()
+    }
+
+    pub(crate) const fn of(config: Arc<Config>) -> Self {
+        Self(config)
     }
 
     pub(crate) fn config(&self) -> &Arc<Config> {
@@ -322,13 +327,15 @@ impl Owner {
         if sets.closed {
             return None;
         }
-        if let Some(own) = sets.own.as_ref().filter(|own| own.is_of(config) && !own.is_gone()) {
+        let serves =
+            |own: &&Arc<Set>| own.is_of(config) && own.is_on(handle.as_ref()) && !own.is_gone();
+        if let Some(own) = sets.own.as_ref().filter(serves) {
             return Some(own.clone());
         }
         let set = self.insert(&mut sets, shard, handle, |place, runtime, _| {
             Set::own(config.clone(), place, runtime)
         });
-        // One that was made with other choices is over when its tasks are.
+        // One that was made with other choices, or elsewhere, is over when its tasks are.
         let other = sets.own.replace(set.clone());
         drop(sets);
         if let Some(other) = other {
@@ -423,17 +430,6 @@ impl Owner {
         let sets =
             |shard: &Shard| lock(&shard.0).listed.iter().flatten().cloned().collect::<Vec<_>>();
         self.shards.iter().flat_map(sets).collect()
-    }
-
-    /// The same; tasks that belong to no request will get other sets.
-    fn take_sets(&self) -> Vec<Arc<Set>> {
-        for shard in &self.shards {
-            let own = lock(&shard.0).own.take();
-            if let Some(own) = own {
-                own.disown();
-            }
-        }
-        self.sets()
     }
 
     fn snapshot(&self) -> Snapshot {

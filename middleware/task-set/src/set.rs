@@ -3,6 +3,7 @@ mod members;
 mod reading;
 
 use std::{
+    any::Any,
     fmt,
     panic::Location,
     sync::{Arc, OnceLock},
@@ -11,13 +12,14 @@ use std::{
 
 use smallvec::SmallVec;
 use tokio::{runtime::Handle, time::Instant};
-use tower_catch_unwind::catch;
-use tower_request_context::RequestContext;
+use tower_catch_unwind::{Panic, catch};
+use tower_request_context::{RequestContext, RequestId, TraceId};
 use tower_response_end::End;
 use tower_spawn_limit::SpawnError;
 
 use crate::{
-    Counts, TaskEvent,
+    Counts, TaskEvent, TaskRegistry,
+    ledger::Kind,
     lifetime::Policy,
     place,
     reaper::{Key, Runtime, Who},
@@ -29,7 +31,7 @@ use crate::{
 
 pub(crate) use home::Home;
 
-use members::{Extra, FREE, Inner, Lifetime, NONE, Stage, TICKS};
+use members::{Extra, FREE, Inner, Lifetime, NONE, Stage};
 
 /// So many tasks are woken for each lock.
 const WAKERS: usize = 32;
@@ -100,6 +102,11 @@ impl Set {
 
     pub(crate) fn len(&self) -> usize {
         self.lock().live as usize
+    }
+
+    /// Whether its tasks run on this runtime; without one, whether it has none.
+    pub(crate) fn is_on(&self, runtime: Option<&Handle>) -> bool {
+        self.runtime().map(|runtime| runtime.handle.id()) == runtime.map(Handle::id)
     }
 
     pub(crate) fn is_gone(&self) -> bool {
@@ -175,7 +182,7 @@ impl Set {
             }
         };
         let kind = inner.kind(plan);
-        let count = &mut inner.kinds[kind];
+        let count = &mut inner.kinds[usize::from(kind)];
         count.attempted += 1;
         count.spawned += 1;
         let full = count.is_full();
@@ -189,7 +196,7 @@ impl Set {
             drop(inner);
         }
         self.settle(false, full);
-        Ok(Ticket { slot, generation, has_extra })
+        Ok(Ticket { slot, generation, kind, has_extra })
     }
 
     /// The rest of it, for a task that the set knows more of.
@@ -279,7 +286,7 @@ impl Set {
             policy: plan.policy().filter(|_| !self.own).cloned(),
             lifetime,
             timeout: self.note(runtime, timeout, Who::Task(slot)),
-            trace_id: home.as_ref().and_then(|home| home.scope.trace_id()),
+            trace_id: home.as_ref().and_then(|home| home.trace_id),
             home,
             started: self.config.observer.as_ref().map(|_| Instant::now()),
             ..Extra::default()
@@ -302,7 +309,7 @@ impl Set {
             return Refusal::Because(reason);
         }
         let kind = inner.kind(plan);
-        let count = &mut inner.kinds[kind];
+        let count = &mut inner.kinds[usize::from(kind)];
         count.attempted += 1;
         count.refused += 1;
         let full = count.is_full();
@@ -310,6 +317,17 @@ impl Set {
         drop(inner);
         self.settle(over, full);
         Refusal::Because(reason)
+    }
+
+    /// Who takes a task that this set of the registry does not, as it is gone. If it was cancelled,
+    /// nobody: the attempt is counted.
+    #[cold]
+    pub(crate) fn successor(&self, plan: &Plan) -> Option<TaskRegistry> {
+        if self.lock().cancelled {
+            self.owner().refuse_late(self.place, plan.name);
+            return None;
+        }
+        Some(TaskRegistry::of(self.config.clone()))
     }
 
     /// The runtime, if it still runs tasks.
@@ -321,8 +339,9 @@ impl Set {
                 self.late_runtime.get_or_init(|| here)
             }
         };
-        // The set's own code runs on a runtime that lives.
-        (place::is_current(self) || runtime.is_alive()).then_some(runtime)
+        // The set's own code runs on a runtime that lives; if it is not another's that was chosen.
+        let is_here = self.config.runtime.is_none() && place::is_current(self);
+        (is_here || runtime.is_alive()).then_some(runtime)
     }
 
     /// Notes a deadline, if there is one and a runtime that keeps it.
@@ -360,14 +379,12 @@ impl Set {
     /// known.
     #[inline(never)]
     pub(crate) fn wait(&self, slot: u32, waker: &Waker) -> Option<Order> {
-        let age = self.born.elapsed();
-        let ticks = u64::from(age.subsec_nanos() / (1_000_000_000 / TICKS));
-        let since = age.as_secs().saturating_mul(TICKS.into()).saturating_add(ticks);
         let waker = waker.clone();
         let mut inner = self.lock();
+        let since = inner.ticks(self.born);
         let order = inner.order(slot);
         let entry = &mut inner.tasks[slot as usize];
-        entry.since = u32::try_from(since).unwrap_or(u32::MAX);
+        entry.since = since;
         let unneeded = match order {
             None => entry.waker.replace(waker),
             Some(_) => Some(waker),
@@ -389,7 +406,7 @@ impl Set {
         }
         let mut inner = self.lock();
         let (kind, waker) = inner.free_slot(slot);
-        inner.kinds[kind].end(outcome);
+        inner.kinds[usize::from(kind)].end(outcome);
         if !inner.extras.is_empty() {
             inner.extras.remove(&slot);
         }
@@ -554,10 +571,12 @@ impl Set {
         }
     }
 
-    /// Tells all tasks to end, and accepts no more.
-    pub(crate) fn cancel(&self, cause: Cause) {
+    /// Tells all tasks to end, and accepts no more. For other tasks that belong to no request, the
+    /// registry makes another set.
+    pub(crate) fn cancel(self: &Arc<Self>, cause: Cause) {
         let mut inner = self.lock();
         inner.cancelled = true;
+        let over = self.own && inner.disown();
         let order = Order::Cancel(cause);
         inner.order.get_or_insert(order);
         for extra in inner.extras.values_mut().filter(|extra| extra.has_own_lifetime()) {
@@ -565,6 +584,7 @@ impl Set {
         }
         drop(inner);
         self.wake_told();
+        self.settle(over, false);
     }
 
     fn wake_one(&self, mut inner: MutexGuard<'_, Inner>, slot: u32) {
@@ -607,12 +627,7 @@ impl Set {
 
     /// The registry has another for the tasks that belong to no request.
     pub(crate) fn disown(self: &Arc<Self>) {
-        let mut inner = self.lock();
-        if inner.stage == Stage::Counting {
-            inner.stage = Stage::Gone;
-        }
-        let over = inner.is_over(self.own);
-        drop(inner);
+        let over = self.lock().disown();
         self.settle(over, false);
     }
 
@@ -640,9 +655,11 @@ impl Set {
         let mut inner = self.lock();
         inner.holds -= 1;
         let end = if inner.holds == 0 { inner.held_end.take() } else { None };
+        let over = end.is_none() && inner.is_over(self.own);
         drop(inner);
-        if let Some(end) = end {
-            self.end(end);
+        match end {
+            Some(end) => self.end(end),
+            None => self.settle(over, false),
         }
     }
 
@@ -689,8 +706,24 @@ impl Set {
         let (name, site) = self.name_and_site(slot);
         // The subscriber is the user's code.
         drop(catch(|| {
-            tracing::error!(task = name, spawned_at = %site, "task panicked while it was dropped");
+            let context = RequestContext::current();
+            tracing::error!(
+                task = name,
+                spawned_at = %site,
+                trace_id = context.get::<TraceId>().map(tracing::field::display),
+                request_id = context.get::<RequestId>().map(tracing::field::display),
+                "task panicked while it was dropped"
+            );
         }));
+    }
+
+    /// What a destructor of a task has panicked with.
+    #[cold]
+    pub(crate) fn drop_panic(&self, kind: u16, payload: Box<dyn Any + Send>) -> Panic {
+        let Kind { name, site, .. } = self.lock().kinds[usize::from(kind)];
+        // The ids are the request's, not those of who awaits the handle.
+        let context = self.context.clone();
+        context.sync_scope(|| Panic::new(payload)).in_task(name, site)
     }
 }
 
@@ -708,15 +741,6 @@ pub(crate) enum Refusal {
     Gone,
 }
 
-impl Refusal {
-    pub(crate) fn reason(self) -> SpawnError {
-        match self {
-            Self::Because(reason) => reason,
-            Self::Gone => SpawnError::Closed,
-        }
-    }
-}
-
 /// A task that its set counts, and that is yet to be given to the runtime.
 ///
 /// Small, to be returned in registers.
@@ -724,6 +748,7 @@ impl Refusal {
 pub(crate) struct Ticket {
     slot: u32,
     generation: u16,
+    kind: u16,
     has_extra: bool,
 }
 
@@ -735,7 +760,8 @@ impl Ticket {
 
     #[inline]
     pub(crate) fn canceller(&self, set: &Arc<Set>) -> Canceller {
-        Canceller { set: set.clone(), slot: self.slot, generation: self.generation }
+        let Self { slot, generation, kind, .. } = *self;
+        Canceller { set: set.clone(), slot, generation, kind }
     }
 }
 

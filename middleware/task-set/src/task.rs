@@ -320,6 +320,7 @@ impl Member {
 }
 
 impl Drop for Member {
+    #[inline]
     fn drop(&mut self) {
         let (unwinding, in_scope) = match self.phase {
             Phase::Dropping { unwinding, in_scope } => {
@@ -400,7 +401,7 @@ impl<T> Future for TaskHandle<T> {
             Ok(result) => result,
             Err(error) => Err(match error.try_into_panic() {
                 // Caught by the runtime: of the destructors.
-                Ok(payload) => TaskError::Panicked(Panic::new(payload)),
+                Ok(payload) => TaskError::Panicked(self.canceller.drop_panic(payload)),
                 // Not by us: we never abort a task.
                 Err(_) => TaskError::Aborted(Cause::Shutdown),
             }),
@@ -459,11 +460,16 @@ pub(crate) struct Canceller {
     pub(crate) slot: u32,
     /// Slots are used again; this says for which time.
     pub(crate) generation: u16,
+    pub(crate) kind: u16,
 }
 
 impl Canceller {
     pub(crate) fn cancel(&self) {
         self.set.cancel_task(self.slot, self.generation);
+    }
+
+    fn drop_panic(&self, payload: Box<dyn Any + Send>) -> Panic {
+        self.set.drop_panic(self.kind, payload)
     }
 }
 
@@ -482,8 +488,8 @@ mod tests {
 
     #[test]
     fn an_error_does_not_make_a_task_larger() {
-        assert!(size_of::<TaskError>() <= 16);
         type Stored<T> = Result<T, tokio::task::JoinError>;
+        assert!(size_of::<TaskError>() <= 16);
         assert_eq!(size_of::<Stored<Result<(), TaskError>>>(), size_of::<Stored<()>>());
     }
 }

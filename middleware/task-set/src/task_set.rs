@@ -1,11 +1,15 @@
 use std::{fmt, panic::Location, sync::Arc, time::Duration};
 
 use tower_response_end::{End, hold};
-use tower_spawn_limit::Refused;
-#[cfg(doc)]
-use tower_spawn_limit::SpawnError;
+use tower_spawn_limit::{Refused, SpawnError};
 
-use crate::{AtEnd, TaskHandle, TaskRegistry, lifetime::Policy, place, set::Set, task::Cause};
+use crate::{
+    AtEnd, TaskHandle, TaskRegistry,
+    lifetime::Policy,
+    place,
+    set::{Refusal, Set},
+    task::Cause,
+};
 
 /// The tasks of one request.
 ///
@@ -257,6 +261,10 @@ where
 {
     match set.admit(plan) {
         Ok(ticket) => Ok(set.spawn(&ticket, future)),
-        Err(refusal) => Err(Refused { reason: refusal.reason(), future }),
+        Err(Refusal::Because(reason)) => Err(Refused { reason, future }),
+        Err(Refusal::Gone) => match set.successor(plan) {
+            Some(registry) => registry.start(plan, future),
+            None => Err(Refused { reason: SpawnError::Closed, future }),
+        },
     }
 }

@@ -1,15 +1,17 @@
 use tower_catch_unwind::catch;
-use tower_request_context::{RequestContext, Scope, Task};
+use tower_request_context::{RequestContext, Scope, Task, TraceId};
 use tracing::Span;
 
-use super::Set;
+use super::{Set, members::Inner};
 use crate::{AtEnd, lifetime::Policy, task_set::Plan};
 
 /// Where a task runs, besides in its set.
 #[derive(Default)]
 pub(crate) struct Home {
-    pub(super) scope: Scope,
+    scope: Scope,
     span: Option<Span>,
+    /// Known without asking the scope: that may be current elsewhere.
+    pub(super) trace_id: Option<TraceId>,
 }
 
 impl Home {
@@ -50,19 +52,26 @@ impl Set {
             context.wants_span(&task).then(|| {
                 let own = context.inherit(&task);
                 let span = own.span(&task);
-                let span = Some(span).filter(|span| !span.is_disabled());
-                Box::new(Home { scope: Scope::new(own), span })
+                (Scope::new(own), Some(span).filter(|span| !span.is_disabled()))
             })
         });
-        if let Ok(Some(home)) = spanned {
-            return Some(home);
-        }
-        elsewhere.map(|context| Box::new(Home { scope: Scope::of_task(context, task), span: None }))
+        let (scope, span) = match (spanned, elsewhere) {
+            (Ok(Some(spanned)), _) => spanned,
+            (_, None) => return None,
+            (_, Some(context)) => (Scope::of_task(context, task), None),
+        };
+        let trace_id = catch(|| scope.trace_id()).ok().flatten();
+        Some(Box::new(Home { scope, span, trace_id }))
     }
 
     fn task(&self, plan: &Plan) -> Task {
-        let kept = self.own || plan.policy().and_then(Policy::general) == Some(AtEnd::Keep);
-        Task::new(plan.name, plan.site).kept(kept)
+        Task::new(plan.name, plan.site).kept(self.is_kept(&self.lock(), plan.policy()))
+    }
+
+    /// Whether a task with these choices is to outlive its request.
+    fn is_kept(&self, inner: &Inner, own: Option<&Policy>) -> bool {
+        let chosen = own.and_then(Policy::general).or_else(|| self.policy(inner).general());
+        self.own || chosen == Some(AtEnd::Keep)
     }
 
     #[inline]
@@ -80,11 +89,15 @@ impl Set {
         }
         let scope = if self.context.inherits() {
             let (name, site) = self.name_and_site(slot);
-            Scope::of_task(self.context.clone(), Task::new(name, site).kept(self.own))
+            let inner = self.lock();
+            let own = inner.extras.get(&slot).and_then(|extra| extra.policy.as_ref());
+            let kept = self.is_kept(&inner, own);
+            drop(inner);
+            Scope::of_task(self.context.clone(), Task::new(name, site).kept(kept))
         } else {
             Scope::new(self.context.clone())
         };
-        Home { scope, span: None }
+        Home { scope, ..Home::default() }
     }
 
     /// The task's code is about to run.
@@ -133,7 +146,7 @@ impl Set {
     #[inline(never)]
     pub(crate) fn leave_drop(&self, slot: u32) {
         let span = self.lock().extras.get_mut(&slot).and_then(|extra| extra.span.take());
-        let mut home = Home { scope: Scope::default(), span };
+        let mut home = Home { span, ..Home::default() };
         home.leave();
         // Values are the code of others.
         drop(catch(|| drop(home)));

@@ -36,6 +36,9 @@ pub(super) struct Inner {
     /// The first entry that is free; its `since` is the next.
     pub(super) free: u32,
     pub(super) live: u32,
+    /// What the clock showed when it was last looked at, and how many have used that since.
+    ticks: u32,
+    ticks_used: u8,
     /// What only some tasks have.
     pub(super) extras: BTreeMap<u32, Extra>,
     pub(super) end: Option<End>,
@@ -164,6 +167,8 @@ impl Inner {
             tasks: SmallVec::new(),
             free: NONE,
             live: 0,
+            ticks: 0,
+            ticks_used: 0,
             extras: BTreeMap::new(),
             end: None,
             closed,
@@ -185,6 +190,14 @@ impl Inner {
         }
     }
 
+    /// Takes no task any more, for the registry has another set. Whether it is over.
+    pub(super) fn disown(&mut self) -> bool {
+        if self.stage == Stage::Counting {
+            self.stage = Stage::Gone;
+        }
+        self.is_over(true)
+    }
+
     /// Whether nothing will be counted here any more. A set of the registry takes no more tasks
     /// then: it would have to be counted twice.
     pub(super) fn is_over(&mut self, own: bool) -> bool {
@@ -199,7 +212,7 @@ impl Inner {
     }
 
     #[inline]
-    pub(super) fn kind(&mut self, plan: &Plan) -> usize {
+    pub(super) fn kind(&mut self, plan: &Plan) -> u16 {
         match self.kinds.first() {
             Some(first) if first.is(plan.name, plan.site) => 0,
             _ => self.other_kind(plan),
@@ -207,16 +220,18 @@ impl Inner {
     }
 
     #[inline(never)]
-    pub(super) fn other_kind(&mut self, plan: &Plan) -> usize {
+    fn other_kind(&mut self, plan: &Plan) -> u16 {
         let found = match &self.index {
             None => self.kinds.iter().position(|kind| kind.is(plan.name, plan.site)),
             Some(index) => index.get(&address(plan.name, plan.site)).copied(),
         };
-        found.unwrap_or_else(|| self.add_kind(plan))
+        let kind = found.unwrap_or_else(|| self.add_kind(plan));
+        // There are less than `FREE`.
+        u16::try_from(kind).unwrap_or(FREE - 1)
     }
 
     #[cold]
-    pub(super) fn add_kind(&mut self, plan: &Plan) -> usize {
+    fn add_kind(&mut self, plan: &Plan) -> usize {
         if self.kinds.len() > KINDS_MAX {
             return KINDS_MAX;
         }
@@ -233,9 +248,23 @@ impl Inner {
         self.kinds.len() - 1
     }
 
-    pub(super) fn take_slot(&mut self, kind: usize) -> (u32, u16) {
-        // There are less than `FREE`.
-        let kind = u16::try_from(kind).unwrap_or(FREE - 1);
+    /// How old the set is. A look at the clock costs as much as all else of a wait, so of many
+    /// tasks only one in eight takes it.
+    #[inline]
+    pub(super) fn ticks(&mut self, born: Instant) -> u32 {
+        self.ticks_used += 1;
+        if self.ticks_used >= 8 || self.live <= 8 {
+            let age = born.elapsed();
+            let ticks = u64::from(age.subsec_nanos() / (1_000_000_000 / TICKS));
+            let ticks = age.as_secs().saturating_mul(TICKS.into()).saturating_add(ticks);
+            self.ticks = u32::try_from(ticks).unwrap_or(u32::MAX);
+            self.ticks_used = 0;
+        }
+        self.ticks
+    }
+
+    #[inline]
+    pub(super) fn take_slot(&mut self, kind: u16) -> (u32, u16) {
         if let Some(entry) = self.tasks.get_mut(self.free as usize) {
             let slot = std::mem::replace(&mut self.free, entry.since);
             entry.since = 0;
@@ -247,12 +276,12 @@ impl Inner {
         (u32::try_from(self.tasks.len() - 1).unwrap_or(NONE), 0)
     }
 
-    pub(super) fn free_slot(&mut self, slot: u32) -> (usize, Option<Waker>) {
+    pub(super) fn free_slot(&mut self, slot: u32) -> (u16, Option<Waker>) {
         let entry = &mut self.tasks[slot as usize];
         let kind = std::mem::replace(&mut entry.kind, FREE);
         entry.since = std::mem::replace(&mut self.free, slot);
         entry.generation = entry.generation.wrapping_add(1);
-        (kind.into(), entry.waker.take())
+        (kind, entry.waker.take())
     }
 }
 

@@ -120,8 +120,8 @@ async fn a_snapshot_lists_what_lives_and_all_that_is_known_of_it() {
     assert_eq!(
         running.to_string(),
         format!(
-            "running (running, drain(9s), {:?} old, spawned at {}, trace {})",
-            running.age,
+            "running (running, {} ms old, spawned at {}, trace {})",
+            running.age.as_millis(),
             running.site,
             trace_id(),
         ),
@@ -161,8 +161,7 @@ async fn an_age_is_counted_from_the_first_await_to_16_ms() {
     for millis in [1, 10, 100, 1_000, 3_600_000] {
         let before = age();
         tokio::time::advance(Duration::from_millis(millis)).await;
-        let older = age() - before;
-        assert_eq!(older, Duration::from_millis(millis));
+        assert_eq!(age(), before + Duration::from_millis(millis));
     }
 }
 
@@ -220,7 +219,7 @@ async fn names_beyond_1024_are_counted_as_other() {
             assert_eq!(snapshot.by_name["other"].completed, 76);
             let all: u64 = snapshot.by_name.values().map(|counts| counts.completed).sum();
             assert_eq!((all, snapshot.totals.completed), (1_100, 1_100));
-            assert!(snapshot.by_name.values().all(|counts| counts.is_exact()));
+            assert!(snapshot.by_name.values().all(Counts::is_exact));
             // The same when the sets are over.
             tasks.cancel_all();
         }
@@ -316,7 +315,7 @@ async fn the_leak_check_lists_what_lives() {
     let mut lines = message.lines();
     assert_eq!(lines.next(), Some("2 tasks live:"));
     for (line, name) in lines.by_ref().zip(["leaked", "leaked too"]) {
-        let start = format!("  {name} (running, drain(30s), ");
+        let start = format!("  {name} (running, ");
         assert!(line.starts_with(&start) && line.contains(file!()), "{line}");
     }
     assert_eq!(lines.next(), None);

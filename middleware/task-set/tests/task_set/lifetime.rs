@@ -52,11 +52,12 @@ async fn assert_lives(
         }
         AtEnd::Drain(time) => {
             assert_eq!(says(), (TaskState::Draining, lifetime));
-            let early = time - Duration::from_millis(5);
+            let slack = Duration::from_millis(5);
+            let early = time.saturating_sub(slack);
             assert!(timeout(early, &mut task).await.is_err(), "it has its time");
             assert_eq!(outcome(task).await, Yield::Cancelled(cause(end)));
-            let late = start.elapsed() - time;
-            assert!(late < Duration::from_millis(5), "{late:?}");
+            let lived = start.elapsed();
+            assert!(lived >= time && lived < time + slack, "{lived:?}");
         }
         AtEnd::Keep => {
             assert_eq!(says(), (TaskState::Kept, lifetime));
@@ -490,6 +491,71 @@ async fn many_deadlines_are_kept_in_their_order() {
         assert!(at >= due && at <= due + Duration::from_millis(2), "{due:?} {at:?}");
     }
     assert_ledger(&tasks, "timed out 1000");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_of_any_length_ends_on_time_whatever_others_there_are() {
+    let tasks = TaskRegistry::new();
+    let ended = Log::new();
+    let waits_until = |due: Instant| {
+        let log = ended.clone();
+        async move {
+            let _on_drop = OnDrop::new(move || log.push((due, Instant::now())));
+            forever().await;
+        }
+    };
+    let around_a_second = [1, 500, 999, 1_000, 1_001, 1_017, 1_999, 2_000, 2_500];
+    let far = [59_300, 3_600_000];
+    let any = (0..100).map(|n| n * 7_919 % 5_000 + 1);
+    for millis in around_a_second.into_iter().chain(far).chain(any) {
+        let drain = Duration::from_millis(millis);
+        let request = serve(&TaskSetLayer::new(&tasks).at_end(AtEnd::Drain(drain)));
+        let due = Instant::now() + drain;
+        // Of the set, of the task, and of a child that is spawned when the response is over.
+        let set = &request.set;
+        drop(set.spawn("of set", waits_until(due)));
+        drop(set.task("of task").at_end(AtEnd::Drain(drain)).spawn(waits_until(due)));
+        let (open, gate) = gate();
+        let child = waits_until(due);
+        let parent = set.spawn("parent", async move {
+            gate.await;
+            let set = TaskSet::current().unwrap();
+            drop(set.task("child").at_end(AtEnd::Keep).spawn(child));
+        });
+        request.end(End::Completed);
+        open.send(()).unwrap();
+        parent.unwrap().await.unwrap();
+        // At all phases of whatever has a period.
+        tokio::time::sleep(Duration::from_millis(7)).await;
+    }
+    tasks.close();
+    tasks.wait().await;
+    let ended = ended.take();
+    assert_eq!(ended.len(), 3 * 111);
+    for (due, at) in ended {
+        assert!(at >= due, "{:?} early", due.saturating_duration_since(at));
+        let late = at.saturating_duration_since(due);
+        assert!(late <= Duration::from_millis(2), "{late:?} late");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_no_deadline_is_left_nothing_runs_that_is_not_a_task_of_somebody() {
+    let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let tasks = TaskRegistry::new();
+    assert_eq!(alive(), 0);
+    let request = serve(&TaskSetLayer::new(&tasks));
+    let (open, gate) = gate();
+    let task = request.set.task("task").timeout(secs(3_600)).spawn(gate).unwrap();
+    request.end(End::Completed);
+    open.send(()).unwrap();
+    task.await.unwrap();
+    tokio::time::advance(secs(2)).await;
+    settle().await;
+    assert_eq!(alive(), 0);
+    // And again, when there is one.
+    let task = tasks.task("task").timeout(secs(1)).spawn(forever()).unwrap();
+    assert_eq!(outcome(task).await, Yield::TimedOut);
 }
 
 // Children

@@ -12,7 +12,7 @@ use tracing::{
 use tracing_subscriber::{
     Layer,
     layer::{Context, SubscriberExt},
-    registry::LookupSpan,
+    registry::{LookupSpan, Scope},
     util::SubscriberInitExt,
 };
 
@@ -53,7 +53,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Recorder {
         let mut fields = Fields::default();
         event.record(&mut fields);
         let message = fields.0.remove("message").unwrap_or_default();
-        let spans = context.event_scope(event).into_iter().flat_map(|scope| scope.from_root());
+        let spans = context.event_scope(event).into_iter().flat_map(Scope::from_root);
         let spans = spans.map(|span| span.name()).collect();
         let panics = record(|recording| {
             let level = *event.metadata().level();
@@ -192,7 +192,7 @@ fn a_panic_of_a_destructor_is_one_event_too() {
             let tasks = TaskRegistry::new();
             let request = ids().sync_scope(|| serve(&TaskSetLayer::new(&tasks)));
             let on_drop = OnDrop::new(|| panic!("in the drop"));
-            let task = request.set.spawn("bad_drop", async move { drop_later(on_drop).await });
+            let task = request.set.spawn("bad_drop", drop_later(on_drop));
             let yielded = outcome(task.unwrap()).await;
             assert_eq!(yielded, Yield::Panicked("in the drop".to_owned()));
         });

@@ -2,6 +2,8 @@
 //! where time matters.
 
 #![allow(clippy::unwrap_used)]
+// A handle, which is a future, is often just what an async block is for.
+#![allow(clippy::async_yields_async)]
 
 mod context;
 #[cfg(feature = "axum")]

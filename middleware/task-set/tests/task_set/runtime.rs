@@ -4,7 +4,7 @@ use std::{
     sync::mpsc,
     task::{Context, Poll, Waker},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -147,6 +147,31 @@ fn a_handle_can_be_awaited_on_another_runtime() {
     let task = first.block_on(async { tasks.spawn("task", gate).unwrap() });
     open.send(()).unwrap();
     assert_eq!(second.block_on(outcome(task)), COMPLETED);
+}
+
+#[test]
+fn each_runtime_keeps_the_time_of_its_own_tasks() {
+    let runtimes = [current_thread(), current_thread()];
+    let tasks = TaskRegistry::new();
+    let drained = runtimes.each_ref().map(|runtime| {
+        runtime.block_on(async {
+            tokio::time::pause();
+            let request = serve(&TaskSetLayer::new(&tasks).at_end(AtEnd::Drain(secs(5))));
+            let task = request.set.spawn("task", forever()).unwrap();
+            request.end(End::Completed);
+            task
+        })
+    });
+    for (runtime, task) in runtimes.iter().zip(drained) {
+        assert!(!task.is_finished());
+        runtime.block_on(async {
+            let start = tokio::time::Instant::now();
+            assert_eq!(outcome(task).await, Yield::Cancelled(Cause::Completed));
+            assert_eq!(start.elapsed().as_secs(), 5);
+            // The time of the other one stands still.
+            tokio::time::advance(secs(60)).await;
+        });
+    }
 }
 
 // One that goes away
@@ -326,6 +351,11 @@ fn without_a_time_driver_nothing_panics_and_a_drain_lasts_until_shutdown() {
         let tasks = TaskRegistry::new();
         runtime.block_on(async {
             let drained = Duration::from_millis(1);
+            let first = tasks.task("first").timeout(drained * 3_600_000).spawn(forever());
+            // Whoever would keep the time has seen that he cannot, and has gone.
+            while Handle::current().metrics().num_alive_tasks() > 1 {
+                tokio::task::yield_now().await;
+            }
             let request = serve(&TaskSetLayer::new(&tasks).at_end(AtEnd::Drain(drained)));
             let drains = request.set.spawn("drains", forever()).unwrap();
             let own = request.set.task("own").at_end(AtEnd::Drain(drained)).spawn(forever());
@@ -336,13 +366,14 @@ fn without_a_time_driver_nothing_panics_and_a_drain_lasts_until_shutdown() {
             request.end(End::Completed);
             assert_eq!(outcome(dies).await, Yield::Cancelled(Cause::Completed));
             assert_eq!(outcome(at_once).await, Yield::Cancelled(Cause::Completed));
-            for _ in 0..1_000 {
+            let over = Instant::now() + drained * 5;
+            while Instant::now() < over {
                 settle().await;
             }
-            assert_ledger(&tasks, "live 3, cancelled 2");
+            assert_ledger(&tasks, "live 4, cancelled 2");
             tasks.close();
             tasks.cancel_all();
-            for task in [drains, own.unwrap(), timeout] {
+            for task in [first.unwrap(), drains, own.unwrap(), timeout] {
                 assert_eq!(outcome(task).await, Yield::Cancelled(Cause::Shutdown));
             }
         });

@@ -363,7 +363,12 @@ async fn a_destructor_of_whatever_the_request_is_made_of_can_spawn() {
             TaskSet::current().unwrap().spawn(name, async {}).unwrap();
         })
     };
-    let mut body = Some(Script::on_drop(move || drop(spawn("body"))));
+    let refused = Log::new();
+    let log = refused.clone();
+    let mut body = Some(Script::on_drop(move || {
+        let late = TaskSet::current().unwrap().spawn("body", async { 5 }).unwrap_err();
+        log.push((late.reason, now(late.future)));
+    }));
     let mut service = TaskSetLayer::new(&tasks).layer(service_fn(move |_: Request<()>| {
         let (in_call, in_future) = (spawn("call"), spawn("future"));
         drop(in_call);
@@ -377,30 +382,40 @@ async fn a_destructor_of_whatever_the_request_is_made_of_can_spawn() {
     }));
     let response = service.call(Request::new(())).await.unwrap();
     settle().await;
-    drop(response);
-    settle().await;
     let by_name = tasks.snapshot().by_name;
-    for name in ["call", "future", "parent", "task", "body"] {
+    for name in ["call", "future", "parent", "task"] {
         assert_eq!(by_name[name].completed, 1, "{name}");
     }
+    // The response is over when its body is dropped.
+    drop(response);
+    assert_eq!(refused.take(), [(SpawnError::Closed, 5)]);
+    assert_ledger(&tasks, "refused 1, completed 4");
 }
 
 #[tokio::test]
-async fn the_destructor_of_a_response_future_that_was_given_up_can_spawn() {
-    let tasks = TaskRegistry::new();
-    let service = TaskSetLayer::new(&tasks).layer(service_fn(|_: Request<()>| async {
-        let _on_drop = OnDrop::new(|| {
-            TaskSet::current().unwrap().spawn("farewell", async {}).unwrap();
-        });
-        forever().await;
-        Ok::<_, Broken>(Response::new(Empty::<&[u8]>::new()))
-    }));
-    let mut response = Box::pin(service.oneshot(Request::new(())));
-    assert!(poll_once(response.as_mut()).is_pending());
-    drop(response);
-    settle().await;
-    // Asked for in the drop, the set is open; then the response is over, and the task drains.
-    assert_ledger(&tasks, "completed 1");
+async fn the_destructor_of_a_response_future_that_was_given_up_comes_too_late_to_spawn() {
+    for asked_before in [false, true] {
+        let tasks = TaskRegistry::new();
+        let seen = Log::new();
+        let service = TaskSetLayer::new(&tasks).layer(service_fn(|_: Request<()>| {
+            let log = seen.clone();
+            async move {
+                let _set = asked_before.then(TaskSet::current);
+                let _on_drop = OnDrop::new(move || {
+                    let set = TaskSet::current().ok();
+                    let spawn = |set: TaskSet| set.spawn("farewell", async {}).unwrap_err().reason;
+                    log.push(set.map(spawn));
+                });
+                forever().await;
+                Ok::<_, Broken>(Response::new(Empty::<&[u8]>::new()))
+            }
+        }));
+        let mut response = Box::pin(service.oneshot(Request::new(())));
+        assert!(poll_once(response.as_mut()).is_pending());
+        drop(response);
+        assert_eq!(seen.take(), [asked_before.then_some(SpawnError::Closed)]);
+        assert_ledger(&tasks, if asked_before { "refused 1" } else { "" });
+    }
 }
 
 // Handles
@@ -639,6 +654,7 @@ async fn a_refusal_does_not_wait_for_the_end_of_the_request() {
 // Sizes
 
 #[test]
+#[expect(clippy::large_stack_arrays, clippy::large_futures)] // Just that.
 fn a_future_of_a_mebibyte_is_spawned_or_comes_back_whole() {
     let big = thread::Builder::new().stack_size(64 << 20).spawn(|| {
         current_thread().block_on(async {
@@ -661,8 +677,7 @@ fn a_future_of_a_mebibyte_is_spawned_or_comes_back_whole() {
 }
 
 #[test]
-fn a_line_of_a_million_destructors_that_each_own_the_next_is_as_deep_as_the_user_made_it() {
-    // Tasks that own each other's handles own nothing of each other: no drop is nested.
+fn a_long_line_of_tasks_that_own_each_others_handles_is_dropped_one_by_one() {
     let runtime = current_thread();
     let tasks = TaskRegistry::new();
     runtime.block_on(async {

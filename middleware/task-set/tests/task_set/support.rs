@@ -20,7 +20,7 @@ use tokio::{
 };
 use tower::{Layer, Service};
 use tower_task_set::{
-    Cause, End, ResponseBody, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
+    Cause, Counts, End, ResponseBody, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
 };
 
 pub(crate) const ENDS: [End; 4] = [End::Completed, End::Failed, End::Panicked, End::Disconnected];
@@ -217,7 +217,7 @@ pub(crate) fn assert_ledger(tasks: &TaskRegistry, expected: &str) {
     let snapshot = tasks.snapshot();
     let totals = snapshot.totals;
     assert!(totals.is_exact(), "{totals:?}");
-    assert!(snapshot.by_name.values().all(|counts| counts.is_exact()), "{snapshot:?}");
+    assert!(snapshot.by_name.values().all(Counts::is_exact), "{snapshot:?}");
     assert_eq!(usize::try_from(totals.live), Ok(snapshot.live_tasks.len()));
     let mut found = String::new();
     for (name, count) in [
