@@ -2,21 +2,24 @@
 #![expect(clippy::cast_precision_loss, reason = "no figure is that large")]
 
 use std::{
-    future::{pending, poll_fn},
+    future::pending,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
 };
 
 use allocation_counter::{AllocationInfo, measure};
+use scope_spawn::scope::Scope;
 use tokio::{
     runtime::{Builder, Runtime},
+    task::JoinSet,
     task::yield_now,
     time::sleep,
 };
+use tower_tasks::TaskRegistry;
 use tower_tasks_benches::{Budgets, args, grouped, table};
 
-use crate::ways::{Job, Task, Way, head, request, with_way};
+use crate::ways::{ByHand, Job, Task, Tracker, Way, head, request, wait_once, with_way};
 
 mod ways;
 
@@ -38,7 +41,7 @@ fn main() {
     let mut budgets = Budgets::default();
     per_request(&mut budgets);
     bytes_in_the_future(&mut budgets);
-    live(if quick { 100_000 } else { 1_000_000 }, &mut budgets);
+    live(if quick { 100_000 } else { 1_000_000 });
     under_a_limit(if quick { 100_000 } else { 1_000_000 }, &mut budgets);
     budgets.print();
 }
@@ -68,9 +71,15 @@ impl<T: Task, F: Fn() -> T + Copy + Send + 'static> Job for Steady<'_, F> {
             });
         };
         serve(REQUESTS);
-        let info = measure(|| serve(REQUESTS));
-        let per_request = |total: u64| total as f64 / f64::from(REQUESTS);
-        *self.result = (per_request(info.count_total), per_request(info.bytes_total));
+        // The difference of two, for there is something that each `block_on` does.
+        let once = measure(|| serve(REQUESTS));
+        let twice = measure(|| serve(2 * REQUESTS));
+        let per_request =
+            |once: u64, twice: u64| (twice as f64 - once as f64) / f64::from(REQUESTS);
+        *self.result = (
+            per_request(once.count_total, twice.count_total),
+            per_request(once.bytes_total, twice.bytes_total),
+        );
     }
 }
 
@@ -82,18 +91,6 @@ fn steady<T: Task>(
     let mut result = (0.0, 0.0);
     with_way(way, Steady { tasks, task, result: &mut result });
     result
-}
-
-fn wait_once() -> impl Task {
-    let mut waited = false;
-    poll_fn(move |cx| {
-        if waited {
-            return Poll::Ready(());
-        }
-        waited = true;
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
 }
 
 fn per_request(budgets: &mut Budgets) {
@@ -108,15 +105,21 @@ fn per_request(budgets: &mut Budgets) {
                 let most = match tasks {
                     0 => 0.0,
                     1..=4 => tasks as f64 + 1.0,
+                    // One more for each doubling.
                     _ => tasks as f64 + 1.0 + (tasks as f64 / 4.0).log2().ceil(),
                 };
-                budgets.most(
-                    &format!("{way}: allocations of a request with {tasks} tasks"),
-                    allocations,
-                    most,
-                    0,
-                );
+                let what = format!("{way}: allocations of a request, {tasks} tasks that");
+                budgets.most(&format!("{what} wait"), allocations, most, 0);
+                if tasks > 0 {
+                    let (allocations, _) = steady(way, tasks, || async {});
+                    budgets.most(&format!("{what} are ready"), allocations, most, 0);
+                }
             }
+        }
+        if way == "ours + timeout" {
+            let without = steady("ours", 1000, wait_once).0;
+            let more = (steady(way, 1000, wait_once).0 - without) / 1000.0;
+            budgets.most("ours + timeout: allocations more for each task", more, 1.0, 2);
         }
         rows.push(row);
     }
@@ -146,55 +149,82 @@ impl<const N: usize> Future for Words<N> {
     }
 }
 
-/// Bytes of the allocation that a task with a future of `N` words has: what a request with two
-/// takes more than one with one, in the steps of 128 that the runtime makes.
-fn task_of<const N: usize>(way: &str) -> f64 {
+/// Bytes of the allocation that a task with a future of `N` words has, in the runtime's steps.
+fn task_of<const N: usize>(way: &str) -> u64 {
     let words = || Words([0; N]);
-    let one = steady(way, 1, words).1;
-    let two = steady(way, 2, words).1;
-    ((two - one) / 128.0).floor() * 128.0
+    runtime().block_on(async {
+        match way {
+            "tokio::spawn" => second(|| drop(tokio::spawn(words()))),
+            "JoinSet" => {
+                let mut set = JoinSet::new();
+                second(|| drop(set.spawn(words())))
+            }
+            "tracker + child token" => {
+                let tracker = Tracker::default();
+                second(|| tracker.spawn(words()))
+            }
+            "scope-spawn" => {
+                let scope = Scope::new();
+                second(|| drop(scope.spawn(words())))
+            }
+            "by hand + permit" => {
+                let hand = ByHand::new(Some(9)).0;
+                second(|| hand.spawn("words", words()))
+            }
+            "ours" => {
+                let registry = TaskRegistry::new();
+                second(|| drop(registry.spawn("words", words())))
+            }
+            _ => panic!("no such way: {way}"),
+        }
+    })
 }
 
-/// For futures of so many words, which of them have an allocation of at most 384 bytes.
+/// What the second call of it allocates, in whole steps of 128 bytes.
+fn second(mut spawn: impl FnMut()) -> u64 {
+    spawn();
+    measure(spawn).bytes_max / STEP * STEP
+}
+
+const STEP: u64 = 128;
+
+/// With the number of bytes of each.
 macro_rules! sizes {
     ($($words:literal)*) => {
-        [$(($words * 8, task_of::<$words> as fn(&str) -> f64)),*]
+        [$(($words * 8, task_of::<$words> as fn(&str) -> u64)),*]
     };
 }
 
 fn bytes_in_the_future(budgets: &mut Budgets) {
-    const ALLOCATION: f64 = 384.0;
+    const FITS: u64 = 3 * STEP;
+    let ways = [
+        "tokio::spawn",
+        "JoinSet",
+        "tracker + child token",
+        "scope-spawn",
+        "by hand + permit",
+        "ours",
+    ];
     let sizes = sizes!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28
         29 30 31 32 33 34 35 36);
-    let mut raw = 0;
+    let largest = |way: &str| {
+        let fit = sizes.iter().filter(|(_, task_of)| task_of(way) <= FITS);
+        fit.map(|(bytes, _)| *bytes).max().unwrap_or(0)
+    };
+    let raw = largest("tokio::spawn");
     let mut rows = Vec::new();
-    for way in WAYS {
-        let fits = sizes.iter().rev().find(|(_, task)| task(way) <= ALLOCATION);
-        let small = [1, 3, 8, 15].map(|words| grouped(sizes[words].1(way)));
-        let Some(fits) = fits.map(|(bytes, _)| *bytes) else {
-            let more = format!("> {raw}");
-            rows.push([way.to_owned(), more].into_iter().chain(small).collect());
-            continue;
-        };
-        if way == "tokio::spawn" {
-            raw = fits;
-        }
-        let added = raw - fits;
-        rows.push([way.to_owned(), added.to_string()].into_iter().chain(small).collect());
-        match way {
-            "ours" | "ours + limit" => {
-                budgets.most(&format!("{way}: bytes in the future"), f64::from(added), 16.0, 0);
-            }
-            "ours + timeout" => {
-                budgets.most(&format!("{way}: bytes in the future"), f64::from(added), 32.0, 0);
-            }
-            _ => {}
+    for way in ways {
+        let added = raw - largest(way);
+        let tasks = [1, 3, 8, 15].map(|words| sizes[words].1(way).to_string());
+        rows.push([way.to_owned(), added.to_string()].into_iter().chain(tasks).collect());
+        if way == "ours" {
+            budgets.most("ours: bytes in the future", f64::from(added), 16.0, 0);
         }
     }
     table(
         &format!(
-            "Bytes added to the future, by the largest that fits into {ALLOCATION}; the task's \
-             allocation for futures of some sizes"
+            "Bytes added to the future, by the largest one whose task fits into {FITS} bytes; and \
+             bytes of the task for futures of some sizes"
         ),
         &["", "added", "8 bytes", "24 bytes", "64 bytes", "120 bytes"],
         &rows,
@@ -226,7 +256,7 @@ impl<T: Task, F: Fn() -> T + Copy + Send + 'static> Job for Live<'_, F> {
     }
 }
 
-fn live(tasks: usize, budgets: &mut Budgets) {
+fn live(tasks: usize) {
     let ways = WAYS.into_iter().filter(|way| *way != "tower-scope-spawn");
     let bytes = |way: &str| {
         let mut bytes = [0.0; 2];
@@ -242,12 +272,6 @@ fn live(tasks: usize, budgets: &mut Budgets) {
         let mut row = vec![way.to_owned()];
         for (bytes, raw) in bytes.into_iter().zip(raw) {
             row.push(format!("{bytes:.0} ({:.2})", bytes / raw));
-        }
-        if way == "ours" {
-            for (shape, at) in [("pending", 0), ("sleeping", 1)] {
-                let what = format!("ours: bytes requested for a {shape} task, of tokio::spawn");
-                budgets.most(&what, bytes[at] / raw[at], f64::INFINITY, 2);
-            }
         }
         rows.push(row);
     }

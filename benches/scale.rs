@@ -35,8 +35,8 @@ fn main() {
             with_way(way, Live { shape, workers, tasks: number(tasks) });
         }
         ["limited", way, tasks] => limited(way, number(tasks)),
-        ["snapshots", "quiet", sets] => snapshots(number(sets), false),
-        ["snapshots", "meanwhile", sets] => snapshots(number(sets), true),
+        ["snapshots", QUIET, sets] => snapshots(number(sets), false),
+        ["snapshots", _, sets] => snapshots(number(sets), true),
         _ => {
             let quick = args.contains(&"--quick");
             let million = if quick { "100000" } else { "1000000" };
@@ -49,6 +49,8 @@ fn main() {
         }
     }
 }
+
+const QUIET: &str = "without snapshots";
 
 const CURRENT: &str = "current thread";
 const WORKERS: &str = "2 workers";
@@ -77,7 +79,7 @@ impl Job for Live<'_> {
         match self.shape {
             "pending" => self.measure(&way, || async {
                 POLLED.fetch_add(1, Ordering::Relaxed);
-                pending().await
+                pending::<()>().await;
             }),
             "sleeping" => self.measure(&way, || async {
                 POLLED.fetch_add(1, Ordering::Relaxed);
@@ -109,6 +111,10 @@ impl Live<'_> {
             println!("{} {}", resident / self.tasks as f64, time.as_secs_f64() * 1e3);
         });
     }
+}
+
+fn number(text: &str) -> String {
+    grouped(text.parse().expect("a number"))
 }
 
 const LIVE_WAYS: [&str; 6] = [
@@ -143,7 +149,11 @@ fn resident(tasks: &str, budgets: &mut Budgets) {
     }
     let heads = columns.map(|(shape, threads)| format!("{shape}, {threads}"));
     let heads: Vec<_> = [String::new()].into_iter().chain(heads).collect();
-    table(&format!("Resident bytes per task, of {tasks} (of tokio::spawn)"), &heads, &rows);
+    table(
+        &format!("Resident bytes per task, of {} (of tokio::spawn)", number(tasks)),
+        &heads,
+        &rows,
+    );
 }
 
 fn cancelled(tasks: &str, rounds: usize, budgets: &mut Budgets) {
@@ -170,8 +180,9 @@ fn cancelled(tasks: &str, rounds: usize, budgets: &mut Budgets) {
     }
     let heads: Vec<_> = [""].into_iter().chain(threads).collect();
     let title = format!(
-        "Milliseconds to cancel {tasks} pending tasks, to the last destructor: medians of {rounds} \
-         rounds in turn (least to most)"
+        "Milliseconds to cancel {} pending tasks, to the last destructor: medians of {rounds} \
+         rounds in turn (least to most)",
+        number(tasks)
     );
     table(&title, &heads, &rows);
     for (column, threads) in threads.iter().enumerate() {
@@ -209,7 +220,7 @@ fn under_a_limit(tasks: &str, rounds: usize, budgets: &mut Budgets) {
         vec![way.to_owned(), format!("{time:.0}"), grouped(peak / 1e6)]
     };
     let rows = [row("Semaphore + TaskTracker", hand_time, hand_peak), row("ours", time, peak)];
-    let title = format!("{tasks} tasks of 10 ms under a limit of 50,000, current thread");
+    let title = format!("{} tasks of 10 ms under a limit of 50,000, current thread", number(tasks));
     table(&title, &["", "CPU time, ms", "resident peak, MB"], &rows);
     let what = "a million under a limit: CPU time, of Semaphore + TaskTracker";
     budgets.most(what, time / hand_time, 1.25, 2);
@@ -272,13 +283,17 @@ fn snapshot_of_many_sets(sets: &str) {
         let mut row = vec![kind.to_owned()];
         row.extend(numbers.iter().enumerate().map(|(at, number)| match at {
             2 => grouped(*number),
+            0 | 1 if kind == QUIET => "-".to_owned(),
             _ => format!("{number:.1}"),
         }));
         row
     };
     table(
-        &format!("Snapshots of {sets} sets with 3 tasks each, one after another without a pause"),
+        &format!(
+            "Snapshots of {} sets with 3 tasks each, one after another without a pause",
+            number(sets)
+        ),
         &["", "snapshot, ms", "longest", "requests/s meanwhile", "each, µs", "99.9 %", "longest"],
-        &[row("quiet"), row("meanwhile")],
+        &[row(QUIET), row("with snapshots")],
     );
 }

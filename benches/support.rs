@@ -105,8 +105,13 @@ pub fn this_program() -> Command {
 
 /// Runs this program with these arguments, and reads the numbers that it prints.
 pub fn numbers_of(args: &[&str]) -> Vec<f64> {
-    let output = this_program().args(args).stderr(Stdio::inherit()).output().expect("it runs");
-    assert!(output.status.success(), "{args:?}: {}", output.status);
+    numbers(this_program().args(args))
+}
+
+/// Runs a command, and reads the numbers that it prints.
+pub fn numbers(command: &mut Command) -> Vec<f64> {
+    let output = command.stderr(Stdio::inherit()).output().expect("it runs");
+    assert!(output.status.success(), "{command:?}: {}", output.status);
     let text = String::from_utf8(output.stdout).expect("it prints numbers");
     text.split_whitespace().map(|number| number.parse().expect("a number")).collect()
 }

@@ -5,11 +5,7 @@
 #![expect(clippy::print_stdout, reason = "a bench prints what it measures")]
 #![expect(clippy::cast_precision_loss, reason = "no figure is that large")]
 
-use std::{
-    future::poll_fn,
-    task::Poll,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Builder;
 use tower_tasks_benches::{
@@ -17,7 +13,7 @@ use tower_tasks_benches::{
     this_program_under_callgrind, total_of,
 };
 
-use crate::ways::{Job, Task, Way, request, with_way};
+use crate::ways::{Job, Task, Way, request, wait_once, with_way};
 
 mod ways;
 
@@ -33,7 +29,7 @@ fn main() {
     let mut budgets = Budgets::default();
     if has_valgrind() {
         instructions_per_task(quick, &mut budgets);
-        instructions_per_request(&mut budgets);
+        instructions_per_request(quick, &mut budgets);
     }
     time_per_task(quick, &mut budgets);
     budgets.print();
@@ -100,19 +96,6 @@ impl Serve<'_> {
             runtime.block_on(requests)
         };
     }
-}
-
-/// Waits once, and is woken at once.
-fn wait_once() -> impl Task {
-    let mut waited = false;
-    poll_fn(move |cx| {
-        if waited {
-            return Poll::Ready(());
-        }
-        waited = true;
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
 }
 
 /// Instructions per request: by the difference of two runs, so that start, warm-up and end cancel.
@@ -182,14 +165,20 @@ fn instructions_per_task(quick: bool, budgets: &mut Budgets) {
         "ours",
         "ours, `Keep`",
         "ours + limit",
+        "ours in a context",
         "ours + timeout",
     ];
     let columns = [("ready", 1000), ("waits", 1000), ("ready", 64), ("waits", 64)];
-    let columns = if quick { &columns[..2] } else { &columns[..] };
-    let per_request = instructions(&Costs::cells(&ways, columns));
+    let (ways, columns) = if quick {
+        (&["tokio::spawn", "by hand + permit", "ours", "ours + limit"][..], &columns[..2])
+    } else {
+        (&ways[..], &columns[..])
+    };
+    let per_request = instructions(&Costs::cells(ways, columns));
     let tasks = columns.iter().map(|column| column.1 as f64).cycle();
     let each = per_request.into_iter().zip(tasks).map(|(cost, tasks)| cost / tasks).collect();
-    let costs = Costs { ways: &ways, columns, each };
+    let costs = Costs { ways, columns, each };
+    // 64 raw tasks happen to suit glibc's allocator: 32 or 100 of them cost what 1,000 do.
     costs.print("Instructions per task, by tasks a request (of tokio::spawn)");
     for (way, most) in [("ours", [1.30, 1.40]), ("ours + limit", [1.40, 1.45])] {
         for (column, most) in most.into_iter().enumerate() {
@@ -197,19 +186,20 @@ fn instructions_per_task(quick: bool, budgets: &mut Budgets) {
             let cost = costs.at(way, column);
             let what = format!("{way}, {shape}, {tasks}: instructions, of");
             let raw = costs.at("tokio::spawn", column);
-            budgets.most(&format!("{what} tokio::spawn"), cost / raw, most, 2);
+            budgets.most(&format!("{what} tokio::spawn"), cost / raw, most, 3);
             let hand = costs.at("by hand + permit", column);
-            budgets.most(&format!("{what} by hand + permit"), cost / hand, 0.75, 2);
+            budgets.most(&format!("{what} by hand + permit"), cost / hand, 0.75, 3);
         }
     }
 }
 
-fn instructions_per_request(budgets: &mut Budgets) {
+fn instructions_per_request(quick: bool, budgets: &mut Budgets) {
     let ways =
         ["tokio::spawn", "tower-scope-spawn", "by hand", "ours", "ours, `Keep`", "ours + limit"];
     let columns = [("ready", 0), ("ready", 1), ("waits", 1), ("ready", 3), ("waits", 3)];
-    let each = instructions(&Costs::cells(&ways, &columns));
-    let costs = Costs { ways: &ways, columns: &columns, each };
+    let columns = if quick { &columns[..2] } else { &columns[..] };
+    let each = instructions(&Costs::cells(&ways, columns));
+    let costs = Costs { ways: &ways, columns, each };
     let more = |way: &str, column| costs.at(way, column) - costs.at("tokio::spawn", column);
     let row = |way: &&str| {
         let cell = |column| match *way {
@@ -220,7 +210,8 @@ fn instructions_per_request(budgets: &mut Budgets) {
     };
     let rows: Vec<_> = ways.iter().map(row).collect();
     let heads = ["", "nothing spawned", "1 ready", "1 waits", "3 ready", "3 wait"];
-    table("Instructions per request, over the bare service with tokio::spawn", &heads, &rows);
+    let heads = &heads[..=columns.len()];
+    table("Instructions per request, over the bare service with tokio::spawn", heads, &rows);
     budgets.most("nothing spawned: instructions over bare", more("ours", 0), 600.0, 0);
     budgets.most("1 ready task: instructions over tokio::spawn", more("ours", 1), 2000.0, 0);
 }
@@ -237,7 +228,7 @@ fn time_per_task(quick: bool, budgets: &mut Budgets) {
         "ours + timeout",
     ];
     let columns = [("ready", 1000), ("waits", 1000), ("ready", 64), ("waits", 64)];
-    let (rounds, tasks) = if quick { (5, 20_000) } else { (15, 64_000) };
+    let (rounds, tasks) = if quick { (5, 20_000) } else { (11, 64_000) };
     for workers in [false, true] {
         let cells = Costs::cells(&ways, &columns);
         // In turns, so that what comes and goes on the machine hits all of them.

@@ -30,12 +30,25 @@ use tokio_util::{
 };
 use tower::{Layer, Service, service_fn};
 use tower_scope_spawn::{layer::ScopeSpawnLayer, service::WithScope};
-use tower_tasks::{AtEnd, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer};
+use tower_tasks::{AtEnd, RequestContextLayer, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer};
 use tracing::Instrument;
 
 /// What a handler starts.
 pub(crate) trait Task: Future<Output = ()> + Send + 'static {}
 impl<F: Future<Output = ()> + Send + 'static> Task for F {}
+
+/// Waits once, and is woken at once.
+pub(crate) fn wait_once() -> impl Task {
+    let mut waited = false;
+    poll_fn(move |cx| {
+        if waited {
+            return Poll::Ready(());
+        }
+        waited = true;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+}
 
 /// A service of requests without a body.
 pub(crate) trait Serve:
@@ -69,10 +82,8 @@ pub(crate) trait Way: Send + Sync + 'static {
         no_more_tasks_than(others)
     }
 
-    /// Cancels all tasks, and waits for their last destructor.
-    async fn cancel(&self) {
-        unimplemented!("there is no way");
-    }
+    /// Cancels all tasks, if there is a way, and waits for their last destructor.
+    async fn cancel(&self) {}
 }
 
 /// To be done with one of the ways.
@@ -96,6 +107,7 @@ pub(crate) fn with_way(name: &str, job: impl Job) {
             job.with(Ours { reaper: 0, ..Ours::new(registry) });
         }
         "ours + limit" => job.with(Ours::new(TaskRegistry::new().limit(bounds))),
+        "ours in a context" => job.with(InContext(Ours::new(TaskRegistry::new()))),
         "ours + timeout" => {
             job.with(Ours { timeout: true, ..Ours::new(TaskRegistry::new()) });
         }
@@ -103,11 +115,14 @@ pub(crate) fn with_way(name: &str, job: impl Job) {
     }
 }
 
-/// Until the runtime has no more.
+/// Until the runtime has no more, and all have been polled.
 pub(crate) async fn no_more_tasks_than(most: usize) {
     let metrics = Handle::current().metrics();
-    while metrics.num_alive_tasks() > most {
+    loop {
         yield_now().await;
+        if metrics.num_alive_tasks() <= most {
+            break;
+        }
     }
 }
 
@@ -192,26 +207,31 @@ pub(crate) struct Tracker {
     token: CancellationToken,
 }
 
+impl Tracker {
+    pub(crate) fn spawn(&self, future: impl Task) {
+        let token = self.token.clone();
+        self.tracker.spawn(async move {
+            tokio::select! {
+                () = token.cancelled() => {}
+                () = future => {}
+            }
+        });
+    }
+}
+
 impl Way for Tracker {
     fn service<T: Task>(
         &self,
         tasks: usize,
         task: impl Fn() -> T + Copy + Send + 'static,
     ) -> impl Serve {
-        let Self { tracker, token } = self.clone();
+        let process = self.clone();
         service_fn(move |_| {
-            let tracker = tracker.clone();
-            let token = token.child_token();
+            let token = process.token.child_token();
+            let request = Self { token, ..process.clone() };
             async move {
                 for _ in 0..tasks {
-                    let token = token.clone();
-                    let future = task();
-                    tracker.spawn(async move {
-                        tokio::select! {
-                            () = token.cancelled() => {}
-                            () = future => {}
-                        }
-                    });
+                    request.spawn(task());
                 }
                 Ok(answer())
             }
@@ -270,7 +290,7 @@ impl Way for TowerScopeSpawn {
 }
 
 /// What users write today.
-pub(crate) struct ByHand(HandScope);
+pub(crate) struct ByHand(pub(crate) HandScope);
 
 #[derive(Clone)]
 pub(crate) struct HandScope {
@@ -473,6 +493,24 @@ impl Way for Ours {
         self.registry.cancel_all();
         self.registry.close();
         self.registry.wait().await;
+    }
+}
+
+/// With a value in the request's context, which tasks then have too.
+struct InContext(Ours);
+
+impl Way for InContext {
+    fn service<T: Task>(
+        &self,
+        tasks: usize,
+        task: impl Fn() -> T + Copy + Send + 'static,
+    ) -> impl Serve {
+        let value = |request: &Request<()>| request.uri().path().len();
+        RequestContextLayer::new(value).layer(self.0.service(tasks, task))
+    }
+
+    fn wait(&self, others: usize) -> impl Future<Output = ()> + Send {
+        self.0.wait(others)
     }
 }
 

@@ -50,8 +50,8 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tower_tasks::{
-    AtEnd, End, RequestContext, ResponseEndLayer, SpawnError, SpawnLimit, TaskRegistry, TaskSet,
-    TaskSetLayer,
+    AtEnd, CatchUnwindLayer, End, RequestContext, ResponseEndLayer, SpawnError, SpawnLimit,
+    TaskRegistry, TaskSet, TaskSetLayer, TraceIdLayer,
     request_context::{RequestId, TraceId},
     task_set::Snapshot,
 };
@@ -68,6 +68,8 @@ fn router(app: App) -> Router {
             let (method, path) = (request.method().clone(), request.uri().path().to_owned());
             move |end: End| tracing::info!(%method, path, ?end, "response")
         }),
+        TraceIdLayer::new(),
+        CatchUnwindLayer::new(),
         TaskSetLayer::new(&app.tasks),
     );
     Router::new()
@@ -92,7 +94,6 @@ async fn create_order(tasks: TaskSet) -> Result<(StatusCode, Json<Ids>), SpawnEr
     for name in ["send_receipt", "write_audit_line", "warm_cache"] {
         tasks.spawn(name, sleep(Duration::from_millis(50)))?;
     }
-    // Nobody provides ids yet.
     let context = RequestContext::current();
     let request_id = context.get::<RequestId>().map(ToString::to_string);
     let trace_id = context.get::<TraceId>().map(ToString::to_string);
@@ -165,8 +166,8 @@ enum Where {
     Task,
 }
 
-/// Without a layer that catches panics, hyper closes the connection of a handler or a body that
-/// panics (over HTTP/2, it resets the stream). A task's panic is the task's alone.
+/// A panic in the handler is answered with 500. One in the body cuts it off, so that the client can
+/// tell: hyper closes the connection, or resets the stream. A task's panic is the task's alone.
 async fn panic_somewhere(
     tasks: TaskSet,
     Query(Panic { r#where }): Query<Panic>,

@@ -10,14 +10,16 @@
 //! | [`response_end`] | when a response is really over, and how |
 //! | [`request_context`] | values of the request, readable wherever its work runs |
 //! | [`catch_unwind`] | panics become outcomes |
+//! | [`trace_id`] | trace context and request ids: in, through, and out |
 //!
 //! The [README](https://github.com/tower-tasks/tower-tasks) has a quick start.
 //!
 //! # Where each layer goes
 //!
-//! From the outside in: [`RequestContextLayer`], so that
-//! tasks have its values; [`ResponseEndLayer`], which can stand
-//! anywhere; [`TaskSetLayer`], next to the handler. Layers that answer by
+//! From the outside in: [`TraceIdLayer`], so that all below has the ids; [`CatchUnwindLayer`], so
+//! that a panic of whatever is below becomes an answer; [`RequestContextLayer`], so that tasks have
+//! its values; [`TaskSetLayer`], next to the handler. [`ResponseEndLayer`] can stand anywhere;
+//! outside of `CatchUnwindLayer` it sees the answers to panics. Layers that answer by
 //! themselves, a timeout for instance, go outside of the task set if the tasks shall end as with a
 //! client that left, and inside if their answer is a response like any other. With axum put all
 //! of them into one `.layer((..))`: each further call of it costs four allocations a request.
@@ -37,7 +39,11 @@ pub use tower_response_end as response_end;
 pub use tower_spawn_limit as spawn_limit;
 #[cfg(feature = "task-set")]
 pub use tower_task_set as task_set;
+#[cfg(feature = "trace-id")]
+pub use tower_trace_id as trace_id;
 
+#[cfg(feature = "catch-unwind")]
+pub use tower_catch_unwind::{CatchUnwindLayer, Panic};
 #[cfg(feature = "request-context")]
 pub use tower_request_context::{RequestContext, RequestContextLayer};
 #[cfg(feature = "response-end")]
@@ -49,6 +55,8 @@ pub use tower_task_set::{
     AtEnd, Outcome, TaskError, TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
     assert_drained,
 };
+#[cfg(feature = "trace-id")]
+pub use tower_trace_id::{PropagateLayer, TraceContext, TraceIdLayer};
 
 /// Runs the README's quick start: `cargo test` of the whole workspace has all features on.
 #[cfg(all(doctest, feature = "full"))]

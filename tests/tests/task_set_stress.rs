@@ -29,7 +29,7 @@ use tower_tasks::{
 
 /// How long the storm lasts: until this many spawns were tried, or so long at most.
 const ATTEMPTS: u64 = 200_000;
-const AT_MOST: Duration = Duration::from_secs(8);
+const AT_MOST: Duration = Duration::from_secs(5);
 const THREADS: u64 = 3;
 const RUNTIMES: u64 = 25;
 const LIMIT: usize = 300;

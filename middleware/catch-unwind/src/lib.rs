@@ -1,235 +1,472 @@
 //! Panics become outcomes.
 //!
-//! [`CatchUnwind`] is a future that yields a [`Panic`] when the future in it panics; [`catch`] does
-//! the same for a closure. A `Panic` can be logged, stored and passed on as it is: it knows the
-//! thread, the task and the ids of the request it happened in, its message is short and escaped,
-//! and nothing of the payload is left to panic a second time.
+//! [`CatchUnwindLayer`] answers a request whose handler panics, and ends a response whose body
+//! panics so that the client can tell it from a complete one. One event is logged for each panic;
+//! nothing that was said in it reaches the client.
+//!
+//! | where | HTTP | gRPC | [plain](CatchUnwindLayer::plain) |
+//! |---|---|---|---|
+//! | `call`, the future, its drop once it is ready | 500, a problem document (RFC 9457) | status 13 | [`CallError::Panicked`] |
+//! | `poll_frame` of the body | [`BodyError::Panicked`] | trailers with status 13 | |
+//! | `size_hint`, `is_end_stream` of the body | it is not known | it is not known | |
+//! | drop of the future half-way, drop of the body | no difference | no difference | no difference |
+//! | `poll_ready` | goes on | goes on | goes on |
+//!
+//! A panic of `poll_ready` is logged and goes on, since there is no request to answer and the
+//! service is broken.
+//!
+//! It goes inside of what says which request it is (request ids, trace context), for a [`Panic`]
+//! has the ids that are current where it is caught, and outside of all whose panics it shall
+//! catch. An answer to a panic carries the [`Panic`] in its extensions.
+//!
+//! Whatever else runs code that may panic has [`CatchUnwind`], a future that yields a `Panic` when
+//! the future in it panics, and [`catch`](catch()), which does the same for a closure. A `Panic`
+//! can be logged, stored and passed on as it is: its message is short and escaped, and nothing of
+//! the payload is left to panic a second time.
 //!
 //! # Example
 //!
 //! ```
-//! use tower_catch_unwind::CatchUnwind;
+//! use std::convert::Infallible;
+//! use bytes::Bytes;
+//! use http::{Request, Response};
+//! use http_body_util::Empty;
+//! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
+//! use tower_catch_unwind::{CatchUnwindLayer, Panic};
 //!
 //! # #[tokio::main(flavor = "current_thread")]
-//! # async fn main() {
-//! let panic = CatchUnwind::new(async { panic!("out of\nluck") }).await.unwrap_err();
+//! # async fn main() -> Result<(), Infallible> {
+//! // Once, in `main`: the log then says where a panic came from.
+//! tower_catch_unwind::install_hook();
+//! # std::panic::set_hook(Box::new(|info| drop(tower_catch_unwind::record(info)))); // Quiet.
+//!
+//! let mut service = ServiceBuilder::new()
+//!     .layer(CatchUnwindLayer::new())
+//!     .service(service_fn(async |_: Request<()>| -> Result<Response<Empty<Bytes>>, Infallible> {
+//!         panic!("out of\nluck")
+//!     }));
+//! let response = service.ready().await?.call(Request::new(())).await?;
+//!
+//! assert_eq!(response.status(), 500);
+//! assert_eq!(response.headers()["content-type"], "application/problem+json");
+//! let panic = response.extensions().get::<Panic>().unwrap();
 //! assert_eq!(panic.message(), r"out of\nluck");
-//! # }
+//! assert!(panic.location().unwrap().file().ends_with(".rs"));
+//! # Ok(()) }
 //! ```
+//!
+//! # gRPC
+//!
+//! A request is gRPC if its content type is `application/grpc`, with or without a codec
+//! (`+proto`). Before the head its answer is trailers-only: status 200, its own content type, and
+//! `grpc-status: 13`. After it `grpc-status: 13` comes in trailers, unless it has come over HTTP/1,
+//! where hyper leaves them out: there the body ends in an error.
+//!
+//! For grpc-web (`application/grpc-web`, `-text`, with or without a codec) the answer before the
+//! head is the same, which its clients understand. After it the body ends in an error, since
+//! grpc-web has its trailers in the body, where a message may have been cut. Inside of a layer that
+//! turns grpc-web into gRPC, a request is gRPC.
+//!
+//! # Cancellation
+//!
+//! Dropping the response future or the body drops what it wraps. A panic in that drop is contained
+//! and logged, also while another panic unwinds the thread.
 //!
 //! # Panics
 //!
-//! Nothing can catch a panic under `panic = "abort"`, a panic in a destructor that runs because of
-//! a panic, or an overflow of the stack: the process dies.
+//! Nothing can catch a panic under `panic = "abort"`, a panic that leaves a destructor which runs
+//! because of a panic, a panic in a panic hook, or an overflow of the stack: the process dies.
+
+mod answer;
+mod body;
+mod catch;
+mod hook;
+mod log;
 
 use std::{
-    any::Any,
-    fmt, mem,
-    panic::{AssertUnwindSafe, Location, catch_unwind},
+    error::Error,
+    fmt,
+    marker::PhantomData,
+    panic::resume_unwind,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
-    thread,
+    task::{Context, Poll, ready},
 };
 
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
 use pin_project_lite::pin_project;
-use tower_request_context::{RequestContext, RequestId, TraceId};
+use tower_layer::Layer;
+use tower_service::Service;
 
-pin_project! {
-    /// A future that yields [`Panic`] if `F` panics, in a poll or in its drop.
+use answer::Seen;
+use catch::catch_with;
+use log::Log;
+
+pub use body::{BodyError, ResponseBody};
+pub use catch::{CatchUnwind, Panic, catch};
+pub use hook::{Site, install_hook, record};
+pub use tower_request_context::{Http, Plain};
+
+/// Makes outcomes of the panics of everything inside.
+///
+/// See the [crate's example](crate#example).
+pub struct CatchUnwindLayer<M = (), P = Http> {
+    on_panic: M,
+    log: Arc<Log>,
+    protocol: PhantomData<fn() -> P>,
+}
+
+impl CatchUnwindLayer {
+    /// A layer that gives the default answer to every panic, and logs at most 20 in a second.
+    pub fn new() -> Self {
+        Self { on_panic: (), log: Arc::new(Log::new(20)), protocol: PhantomData }
+    }
+}
+
+impl<M> CatchUnwindLayer<M> {
+    /// Asks what `on_panic` makes of the request for the answer to a panic before the head.
     ///
-    /// `F` is dropped when it is ready or has panicked, and never polled again.
+    /// ```
+    /// # use bytes::Bytes;
+    /// # use http::{Request, Response};
+    /// # use tower_catch_unwind::{CatchUnwindLayer, Panic};
+    /// let layer = CatchUnwindLayer::new().on_panic(|request: &Request<()>| {
+    ///     // For each request, so it had better be cheap.
+    ///     let wants_html = request.uri().path().starts_with("/pages/");
+    ///     // `None`: the default answer.
+    ///     move |_: &Panic| wants_html.then(|| Response::new(Bytes::from("<h1>Sorry</h1>")))
+    /// });
+    /// # let _ = tower::Layer::layer(&layer, tower::service_fn(async |_: Request<()>| {
+    /// #     Ok::<_, ()>(Response::new(http_body_util::Empty::<Bytes>::new()))
+    /// # }));
+    /// ```
     ///
-    /// # Cancel safety
+    /// A gRPC client gets the default answer unless there is a `grpc-status` in the headers of
+    /// this one. If it panics itself, the default answers.
+    pub fn on_panic<N>(self, on_panic: N) -> CatchUnwindLayer<N> {
+        CatchUnwindLayer { on_panic, log: self.log, protocol: PhantomData }
+    }
+}
+
+impl CatchUnwindLayer {
+    /// The same layer for a `Service` of anything else than HTTP requests: there a panic is an
+    /// error, [`CallError::Panicked`].
+    pub fn plain(self) -> CatchUnwindLayer<(), Plain> {
+        CatchUnwindLayer { on_panic: (), log: self.log, protocol: PhantomData }
+    }
+}
+
+impl<M, P> CatchUnwindLayer<M, P> {
+    /// Logs at most so many panics in a second; 0 logs none. The next event says how many were
+    /// left out, in its field `suppressed`.
     ///
-    /// Cancel safe if `F` is. A panic in the drop of an `F` that was not ready is contained, and
-    /// seen by the panic hook alone, also while another panic unwinds the thread.
-    #[derive(Debug)]
-    #[must_use = "futures do nothing unless polled"]
-    pub struct CatchUnwind<F> {
-        // `None` once it is ready.
-        #[pin]
-        future: Option<F>,
+    /// Choose it by what your log can bear, not by how many panics there may be. It holds for this
+    /// layer and its clones.
+    pub fn max_events_per_second(mut self, max: u32) -> Self {
+        self.log = Arc::new(Log::new(max));
+        self
+    }
+}
+
+impl Default for CatchUnwindLayer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<M: Clone, P> Clone for CatchUnwindLayer<M, P> {
+    fn clone(&self) -> Self {
+        Self { on_panic: self.on_panic.clone(), log: self.log.clone(), protocol: PhantomData }
+    }
+}
+
+// Closures are not `Debug`.
+impl<M, P> fmt::Debug for CatchUnwindLayer<M, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CatchUnwindLayer").field("log", &self.log).finish_non_exhaustive()
+    }
+}
+
+impl<S, M: Clone, P> Layer<S> for CatchUnwindLayer<M, P> {
+    type Service = Catching<S, M, P>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Catching { inner, layer: self.clone() }
+    }
+}
+
+/// Middleware that makes outcomes of panics.
+#[derive(Debug)]
+pub struct Catching<S, M = (), P = Http> {
+    inner: S,
+    layer: CatchUnwindLayer<M, P>,
+}
+
+impl<S: Clone, M: Clone, P> Clone for Catching<S, M, P> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), layer: self.layer.clone() }
+    }
+}
+
+impl<S, M, P> Catching<S, M, P> {
+    fn poll_ready<Req>(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>>
+    where
+        S: Service<Req>,
+    {
+        let ready =
+            catch_with(|| self.inner.poll_ready(cx), |payload| (Panic::of(&*payload), payload));
+        ready.unwrap_or_else(|(panic, payload)| {
+            self.layer.log.tell(&panic, "poll_ready", None);
+            resume_unwind(payload)
+        })
+    }
+}
+
+impl<S, M, B, ResBody> Service<Request<B>> for Catching<S, M, Http>
+where
+    S: Service<Request<B>, Response = Response<ResBody>>,
+    M: MakeOnPanic<Request<B>>,
+    ResBody: Body,
+    ResBody::Data: From<Bytes>,
+{
+    type Response = Response<ResponseBody<ResBody>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, M::OnPanic, Http>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Self::poll_ready(self, cx)
     }
 
-    impl<F> PinnedDrop for CatchUnwind<F> {
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let seen = Seen::of(&request);
+        let mut on_panic = None;
+        let called = catch(|| {
+            on_panic = Some(self.layer.on_panic.make_on_panic(&request));
+            self.inner.call(request)
+        });
+        ResponseFuture::new(called, on_panic, seen, &self.layer.log)
+    }
+}
+
+impl<S, Req> Service<Req> for Catching<S, (), Plain>
+where
+    S: Service<Req>,
+{
+    type Response = S::Response;
+    type Error = CallError<S::Error>;
+    type Future = ResponseFuture<S::Future, (), Plain>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Self::poll_ready(self, cx).map_err(CallError::Inner)
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        let called = catch(|| self.inner.call(request));
+        ResponseFuture::new(called, None, Seen::default(), &self.layer.log)
+    }
+}
+
+pin_project! {
+    /// Response future of [`Catching`].
+    #[must_use = "futures do nothing unless polled"]
+    pub struct ResponseFuture<F, A, P = Http> {
+        // `None` if the call has panicked, and once it is ready.
+        #[pin]
+        inner: Option<F>,
+        // Of the call.
+        panic: Option<Panic>,
+        on_panic: Option<A>,
+        seen: Seen,
+        // `None` once it is ready.
+        log: Option<Arc<Log>>,
+        protocol: PhantomData<fn() -> P>,
+    }
+
+    impl<F, A, P> PinnedDrop for ResponseFuture<F, A, P> {
         fn drop(this: Pin<&mut Self>) {
             let mut this = this.project();
-            if this.future.is_some() {
-                drop(catch(|| this.future.set(None)));
+            if let Some(log) = this.log {
+                log.contain::<F>("drop of the future", Some(this.seen), || this.inner.set(None));
+                log.contain::<A>("drop of on_panic", Some(this.seen), || *this.on_panic = None);
             }
         }
     }
 }
 
-impl<F> CatchUnwind<F> {
-    /// Catches the panics of `future`.
-    pub const fn new(future: F) -> Self {
-        Self { future: Some(future) }
+impl<F, A, P> ResponseFuture<F, A, P> {
+    fn new(called: Result<F, Panic>, on_panic: Option<A>, seen: Seen, log: &Arc<Log>) -> Self {
+        let (inner, panic) = match called {
+            Ok(inner) => (Some(inner), None),
+            Err(panic) => {
+                log.tell(&panic, "call", Some(&seen));
+                (None, Some(panic))
+            }
+        };
+        Self { inner, panic, on_panic, seen, log: Some(log.clone()), protocol: PhantomData }
     }
-}
 
-impl<F: Future> Future for CatchUnwind<F> {
-    type Output = Result<F::Output, Panic>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut future = self.project().future;
-        let inner = future.as_mut().as_pin_mut().expect("polled after it was ready");
+    /// What the inner future yields. Of all that have panicked the first is told to the client.
+    fn poll_inner(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<F::Output, Panic>>
+    where
+        F: Future,
+    {
+        let mut this = self.project();
+        let tell = |panic: &Panic, during| {
+            if let Some(log) = &*this.log {
+                log.tell(panic, during, Some(this.seen));
+            }
+        };
+        if let Some(panic) = this.panic.take() {
+            return Poll::Ready(Err(panic));
+        }
+        let inner = this.inner.as_mut().as_pin_mut().expect("polled after it was ready");
         let output = match catch(|| inner.poll(cx)) {
             Ok(Poll::Pending) => return Poll::Pending,
             Ok(Poll::Ready(output)) => Ok(output),
-            Err(panic) => Err(panic),
-        };
-        match catch(|| future.set(None)) {
-            Err(panic) if output.is_ok() => {
-                drop(catch(|| drop(output)));
-                Poll::Ready(Err(panic))
+            Err(panic) => {
+                tell(&panic, "future");
+                Err(panic)
             }
-            // Of two panics the first one is told.
-            _ => Poll::Ready(output),
-        }
-    }
-}
-
-/// Calls `f`, and yields [`Panic`] if it panics.
-///
-/// What `f` has broken when it panics is the caller's concern: it is not asked to be unwind safe.
-pub fn catch<R>(f: impl FnOnce() -> R) -> Result<R, Panic> {
-    catch_unwind(AssertUnwindSafe(f)).map_err(Panic::new)
-}
-
-/// A panic that was caught.
-///
-/// Found in a response's extensions, it marks the response as the answer to a panic.
-#[derive(Clone)]
-pub struct Panic(Arc<Caught>);
-
-#[derive(Clone)]
-struct Caught {
-    message: Box<str>,
-    thread: Option<Box<str>>,
-    task: Option<(&'static str, &'static Location<'static>)>,
-    trace_id: Option<TraceId>,
-    request_id: Option<RequestId>,
-}
-
-impl Panic {
-    /// The longest message, in bytes of UTF-8. What is longer is cut.
-    pub const MESSAGE_MAX: usize = 1024;
-
-    /// Of what `std::panic::catch_unwind` or a `JoinError` has caught, here and now: the ids are
-    /// those of the current request.
-    ///
-    /// The payload is dropped. If that panics, the panic is contained.
-    pub fn new(payload: Box<dyn Any + Send>) -> Self {
-        let message = if let Some(message) = payload.downcast_ref::<&str>() {
-            escape(message)
-        } else if let Some(message) = payload.downcast_ref::<String>() {
-            escape(message)
-        } else {
-            "(the payload is not a string)".into()
         };
-        contain(|| drop(payload));
-        // A value that the task inherits is made by user code, perhaps only now.
-        let ids = contain(|| {
-            let context = RequestContext::current();
-            (context.get().copied(), context.get().cloned())
-        });
-        let (trace_id, request_id) = ids.unwrap_or_default();
-        Self(Arc::new(Caught {
-            message,
-            thread: thread::current().name().map(Into::into),
-            task: None,
-            trace_id,
-            request_id,
+        let Err(panic) = catch(|| this.inner.set(None)) else {
+            return Poll::Ready(output);
+        };
+        tell(&panic, "drop of the future");
+        Poll::Ready(Err(match output {
+            Ok(output) => {
+                if let Err(panic) = catch(|| drop(output)) {
+                    tell(&panic, "drop of the response");
+                }
+                panic
+            }
+            Err(first) => first,
         }))
     }
-
-    /// Says in which task it happened: its name, and where it was spawned.
-    pub fn in_task(mut self, name: &'static str, site: &'static Location<'static>) -> Self {
-        Arc::make_mut(&mut self.0).task = Some((name, site));
-        self
-    }
-
-    /// What was said, escaped so that it can go into any log as it is, and cut at
-    /// [`MESSAGE_MAX`](Self::MESSAGE_MAX) bytes.
-    pub fn message(&self) -> &str {
-        &self.0.message
-    }
-
-    /// The name of the thread, if it has one.
-    pub fn thread(&self) -> Option<&str> {
-        self.0.thread.as_deref()
-    }
-
-    /// The name of the task, if it was in one.
-    pub fn task(&self) -> Option<&'static str> {
-        self.0.task.map(|(name, _)| name)
-    }
-
-    /// Where the task was spawned, if it was in one.
-    pub fn spawn_site(&self) -> Option<&'static Location<'static>> {
-        self.0.task.map(|(_, site)| site)
-    }
-
-    /// The trace id of the request, if it has one.
-    pub fn trace_id(&self) -> Option<TraceId> {
-        self.0.trace_id
-    }
-
-    /// The id of the request, if it has one.
-    pub fn request_id(&self) -> Option<&RequestId> {
-        self.0.request_id.as_ref()
-    }
 }
 
-impl fmt::Display for Panic {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.task {
-            Some((name, site)) => {
-                write!(f, "task {name} (spawned at {site}) panicked: {}", self.message())
+impl<F, A, B, E> Future for ResponseFuture<F, A, Http>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    A: FnOnce(&Panic) -> Option<Response<Bytes>>,
+    B: Body,
+{
+    type Output = Result<Response<ResponseBody<B>>, E>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let result = ready!(self.as_mut().poll_inner(cx));
+        let this = self.project();
+        let log = this.log.take().expect("is there until now");
+        let seen = &*this.seen;
+        let panic = match result {
+            Ok(result) => {
+                log.contain::<A>("drop of on_panic", Some(seen), || *this.on_panic = None);
+                return Poll::Ready(result.map(|response| {
+                    let in_trailers = seen.ends_in_trailers(&response);
+                    response.map(|body| ResponseBody::new(body, log, in_trailers))
+                }));
             }
-            None => write!(f, "panicked: {}", self.message()),
+            Err(panic) => panic,
+        };
+        let answer = catch(|| this.on_panic.take().and_then(|on_panic| on_panic(&panic)));
+        if let Err(panic) = &answer {
+            log.tell(panic, "on_panic", Some(seen));
         }
+        let mut response = match answer {
+            Ok(Some(response)) if seen.understands(&response) => response,
+            _ => seen.default_answer(&panic),
+        };
+        response.extensions_mut().insert(panic);
+        Poll::Ready(Ok(response.map(ResponseBody::answer)))
     }
 }
 
-impl fmt::Debug for Panic {
+impl<F, T, E> Future for ResponseFuture<F, (), Plain>
+where
+    F: Future<Output = Result<T, E>>,
+{
+    type Output = Result<T, CallError<E>>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let result = ready!(self.as_mut().poll_inner(cx));
+        *self.project().log = None;
+        Poll::Ready(match result {
+            Ok(result) => result.map_err(CallError::Inner),
+            Err(panic) => Err(CallError::Panicked(panic)),
+        })
+    }
+}
+
+impl<F: fmt::Debug, A, P> fmt::Debug for ResponseFuture<F, A, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Panic")
-            .field("message", &self.message())
-            .field("thread", &self.thread())
-            .field("task", &self.task())
-            .field("spawn_site", &self.spawn_site())
-            .field("trace_id", &self.trace_id())
-            .field("request_id", &self.request_id())
-            .finish()
+        f.debug_struct("ResponseFuture").field("inner", &self.inner).finish_non_exhaustive()
     }
 }
 
-impl std::error::Error for Panic {}
+/// Makes what answers a panic, if there is one: see [`CatchUnwindLayer::on_panic`].
+///
+/// `()` leaves it to the default. Closures
+/// `Fn(&Req) -> impl FnOnce(&Panic) -> Option<Response<Bytes>>` are this: what they take from the
+/// request is what they pay for.
+pub trait MakeOnPanic<Req> {
+    /// Makes the answer, or `None` for the default one.
+    type OnPanic: FnOnce(&Panic) -> Option<Response<Bytes>>;
 
-/// What `f` yields, unless it panics. The payload is leaked: its drop may panic as well, and so on
-/// for ever (rust-lang/rust#86027).
-fn contain<R>(f: impl FnOnce() -> R) -> Option<R> {
-    catch_unwind(AssertUnwindSafe(f)).map_err(mem::forget).ok()
+    /// What answers a panic of `request`. Called before the inner service is; if it panics, that
+    /// is answered by the default.
+    fn make_on_panic(&self, request: &Req) -> Self::OnPanic;
 }
 
-/// At most `MESSAGE_MAX` bytes, without a line end, an escape sequence or anything else that does
-/// not print.
-fn escape(message: &str) -> Box<str> {
-    let mut escaped = String::new();
-    for char in message.chars() {
-        let end = escaped.len();
-        match char {
-            // `escape_debug` would escape these for a literal, which this is not.
-            '"' | '\'' => escaped.push(char),
-            _ => escaped.extend(char.escape_debug()),
-        }
-        if escaped.len() > Panic::MESSAGE_MAX {
-            escaped.truncate(end);
-            break;
+impl<Req> MakeOnPanic<Req> for () {
+    type OnPanic = fn(&Panic) -> Option<Response<Bytes>>;
+
+    fn make_on_panic(&self, _: &Req) -> Self::OnPanic {
+        |_| None
+    }
+}
+
+impl<F, Req, H> MakeOnPanic<Req> for F
+where
+    F: Fn(&Req) -> H,
+    H: FnOnce(&Panic) -> Option<Response<Bytes>>,
+{
+    type OnPanic = H;
+
+    fn make_on_panic(&self, request: &Req) -> H {
+        self(request)
+    }
+}
+
+/// Why a call of a [plain](CatchUnwindLayer::plain) service failed.
+///
+/// It becomes a boxed error if `E` does: see [`BodyError`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum CallError<E> {
+    /// The service yielded an error.
+    Inner(E),
+    /// The service panicked.
+    Panicked(Panic),
+}
+
+impl<E: fmt::Display> fmt::Display for CallError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inner(error) => error.fmt(f),
+            Self::Panicked(panic) => write!(f, "the service {panic}"),
         }
     }
-    escaped.into()
+}
+
+impl<E> From<CallError<E>> for Box<dyn Error + Send + Sync>
+where
+    E: Into<Self>,
+{
+    fn from(error: CallError<E>) -> Self {
+        match error {
+            CallError::Inner(error) => error.into(),
+            CallError::Panicked(panic) => panic.into(),
+        }
+    }
 }

@@ -215,6 +215,29 @@ async fn tasks_with_lifetimes_of_their_own_do_not_hold_each_other_back() {
     assert_eq!(late.await, 20);
 }
 
+#[tokio::test(start_paused = true)]
+async fn however_many_tasks_wait_all_are_told() {
+    for lifetime in [AtEnd::Cancel, DRAIN] {
+        for waiting in [31, 32, 33, 64, 65, 1_000] {
+            let tasks = TaskRegistry::new();
+            let request = serve(&TaskSetLayer::new(&tasks).at_end(lifetime));
+            for n in 0..waiting {
+                let task = request.set.task("task");
+                // Some have a choice of their own, and some have not waited yet.
+                let task = if n % 3 == 0 { task.at_end(lifetime) } else { task };
+                task.spawn(forever()).unwrap();
+                if n == waiting / 2 {
+                    tokio::time::advance(Duration::from_millis(1)).await;
+                }
+            }
+            request.end(End::Completed);
+            tasks.close();
+            tasks.wait().await;
+            assert_ledger(&tasks, &format!("cancelled {waiting}"));
+        }
+    }
+}
+
 // Which of several choices counts
 
 /// One choice among those of a registry, a layer, a set and a task: a lifetime for all ends, and an

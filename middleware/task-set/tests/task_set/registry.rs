@@ -54,6 +54,45 @@ async fn a_task_of_no_request_can_be_told_to_end_and_can_spawn() {
 }
 
 #[tokio::test]
+async fn a_task_of_no_request_can_spawn_whatever_was_chosen_elsewhere_meanwhile() {
+    let tasks = TaskRegistry::new();
+    let (open, gate) = gate();
+    let parent = tasks.spawn("parent", async {
+        let set = TaskSet::current().unwrap();
+        gate.await;
+        set.spawn("child", async { 3 }).unwrap().await.unwrap()
+    });
+    settle().await;
+    // Tasks with other choices have a set of their own.
+    let other = tasks.clone().limit(SpawnLimit::new(1));
+    other.spawn("other", forever()).unwrap();
+    open.send(()).unwrap();
+    assert_eq!(parent.unwrap().await.unwrap(), 3);
+    assert_ledger(&tasks, "live 1, completed 2");
+}
+
+#[tokio::test]
+async fn a_task_of_no_request_that_was_told_to_end_spawns_nothing() {
+    let tasks = TaskRegistry::new();
+    let refused = Log::new();
+    let log = refused.clone();
+    let on_drop = OnDrop::new(move || {
+        let set = TaskSet::current().unwrap();
+        log.push(set.spawn("child", async {}).unwrap_err().reason);
+    });
+    let parent = tasks.spawn("parent", async move {
+        let _on_drop = on_drop;
+        forever().await;
+    });
+    let parent = parent.unwrap();
+    settle().await;
+    tasks.cancel_all();
+    assert_eq!(outcome(parent).await, Yield::Cancelled(Cause::Shutdown));
+    assert_eq!(refused.take(), [SpawnError::Closed]);
+    assert_ledger(&tasks, "refused 1, cancelled 1");
+}
+
+#[tokio::test]
 async fn the_tasks_of_no_request_can_end_and_start_again_and_again() {
     let tasks = TaskRegistry::new().limit(SpawnLimit::new(1));
     for round in 1..=1_000 {
