@@ -103,7 +103,7 @@ fn instructions(cells: &[Cell<'_>]) -> Vec<f64> {
     let runs: Vec<_> = cells
         .iter()
         .flat_map(|cell| {
-            let more = (12_000 / cell.tasks.max(1)).clamp(10, 1_000);
+            let more = (6_000 / cell.tasks.max(1)).clamp(10, 1_000);
             let warm_up = more.div_ceil(4) + 3;
             [(*cell, warm_up), (*cell, warm_up + more)]
         })
@@ -228,7 +228,7 @@ fn time_per_task(quick: bool, budgets: &mut Budgets) {
         "ours + timeout",
     ];
     let columns = [("ready", 1000), ("waits", 1000), ("ready", 64), ("waits", 64)];
-    let (rounds, tasks) = if quick { (5, 20_000) } else { (11, 64_000) };
+    let (rounds, tasks) = if quick { (5, 20_000) } else { (11, 32_000) };
     for workers in [false, true] {
         let cells = Costs::cells(&ways, &columns);
         // In turns, so that what comes and goes on the machine hits all of them.

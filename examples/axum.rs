@@ -52,6 +52,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tower_tasks::{
     AtEnd, CatchUnwindLayer, End, RequestContext, ResponseEndLayer, SpawnError, SpawnLimit,
     TaskRegistry, TaskSet, TaskSetLayer, TraceIdLayer,
+    catch_unwind::install_hook,
     request_context::{RequestId, TraceId},
     task_set::Snapshot,
 };
@@ -64,12 +65,12 @@ struct App {
 
 fn router(app: App) -> Router {
     let layers = (
+        TraceIdLayer::new(),
+        CatchUnwindLayer::new(),
         ResponseEndLayer::new(|request: &Request| {
             let (method, path) = (request.method().clone(), request.uri().path().to_owned());
             move |end: End| tracing::info!(%method, path, ?end, "response")
         }),
-        TraceIdLayer::new(),
-        CatchUnwindLayer::new(),
         TaskSetLayer::new(&app.tasks),
     );
     Router::new()
@@ -294,6 +295,7 @@ fn stop_signal() -> io::Result<impl Future<Output = ()>> {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    install_hook(); // panics get their place in the log
     let settings = match Settings::from_env() {
         Ok(settings) => settings,
         Err(error) => {

@@ -18,8 +18,8 @@
 //!
 //! From the outside in: [`TraceIdLayer`], so that all below has the ids; [`CatchUnwindLayer`], so
 //! that a panic of whatever is below becomes an answer; [`RequestContextLayer`], so that tasks have
-//! its values; [`TaskSetLayer`], next to the handler. [`ResponseEndLayer`] can stand anywhere;
-//! outside of `CatchUnwindLayer` it sees the answers to panics. Layers that answer by
+//! its values; [`ResponseEndLayer`] and [`TaskSetLayer`], next to the handler: to them a panic is an
+//! end of its own as long as nobody has answered it. Layers that answer by
 //! themselves, a timeout for instance, go outside of the task set if the tasks shall end as with a
 //! client that left, and inside if their answer is a response like any other. With axum put all
 //! of them into one `.layer((..))`: each further call of it costs four allocations a request.

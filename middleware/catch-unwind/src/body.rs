@@ -28,7 +28,7 @@ pin_project! {
         in_trailers: bool,
         // The panic of a hint, and of which. Not a `Cell`, for the body is `Sync` if the inner
         // one is.
-        hint_panic: OnceLock<(Panic, &'static str)>,
+        hint_panic: OnceLock<Box<(Panic, &'static str)>>,
         hint_panic_told: bool,
     }
 
@@ -87,14 +87,14 @@ impl<B> ResponseBody<B> {
             return None;
         }
         let hint = catch(hint);
-        hint.map_err(|panic| self.hint_panic.set((panic, during))).ok()
+        hint.map_err(|panic| self.hint_panic.set(Box::new((panic, during)))).ok()
     }
 
     /// Tells of the panic of a hint: not where it was caught, since hints are asked for where the
     /// request's ids are not current, but in the next poll or the drop.
     fn tell_hint_panic(self: Pin<&mut Self>) {
         let this = self.project();
-        if let Some((panic, during)) = this.hint_panic.get() {
+        if let Some((panic, during)) = this.hint_panic.get().map(|told| &**told) {
             if !mem::replace(this.hint_panic_told, true) {
                 tell(this.log.as_ref(), &panic.clone().here(), during);
             }

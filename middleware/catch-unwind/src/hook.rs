@@ -131,18 +131,28 @@ pub(crate) fn enter() -> Option<Box<Record>> {
 /// The catcher has caught what there was.
 #[inline]
 pub(crate) fn leave(outer: Option<Box<Record>>) {
-    let catchers = HERE.try_with(|here| {
+    let recorded = HERE.try_with(|here| {
         here.catchers.set(here.catchers.get() - 1);
-        here.catchers.get()
+        here.recorded.get()
     });
-    // A record that nobody took is of a panic that others have caught.
-    if outer.is_some() || catchers == Ok(0) {
+    if recorded != Ok(false) || outer.is_some() {
+        clear(outer);
+    }
+}
+
+/// A record that nobody took is of a panic that others have caught.
+#[cold]
+fn clear(outer: Option<Box<Record>>) {
+    let is_last = HERE.try_with(|here| here.catchers.get() == 0);
+    if outer.is_some() || is_last == Ok(true) {
         replace(outer);
     }
 }
 
 thread_local! {
-    static HERE: Here = const { Here { catchers: Cell::new(0), record: Cell::new(None) } };
+    static HERE: Here = const {
+        Here { catchers: Cell::new(0), recorded: Cell::new(false), record: Cell::new(None) }
+    };
 }
 
 /// Without a destructor, so that it needs no look at its state, and is there to the very end of
@@ -150,13 +160,16 @@ thread_local! {
 struct Here {
     /// How many catchers are on this thread's stack.
     catchers: Cell<u32>,
+    /// Whether there is a record.
+    recorded: Cell<bool>,
     record: Cell<Option<ManuallyDrop<Box<Record>>>>,
 }
 
-#[inline]
+#[cold]
 fn replace(record: Option<Box<Record>>) -> Option<Box<Record>> {
-    HERE.try_with(|here| here.record.replace(record.map(ManuallyDrop::new)))
-        .ok()
-        .flatten()
-        .map(ManuallyDrop::into_inner)
+    let replaced = HERE.try_with(|here| {
+        here.recorded.set(record.is_some());
+        here.record.replace(record.map(ManuallyDrop::new))
+    });
+    replaced.ok().flatten().map(ManuallyDrop::into_inner)
 }

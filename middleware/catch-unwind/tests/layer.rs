@@ -427,7 +427,7 @@ fn a_body_is_sync_if_the_inner_one_is_and_boxed_errors_go_through() {
     is_server_body::<ResponseBody<Boxed>>();
     is_server_body::<ResponseBody<ResponseBody<Boxed>>>();
     // Neither boxed nor large.
-    assert!(size_of::<ResponseBody<[u64; 8]>>() <= 64 + 24);
+    assert!(size_of::<ResponseBody<[u64; 8]>>() <= 64 + 40);
 }
 
 type BoxError = Box<dyn Error + Send + Sync>;

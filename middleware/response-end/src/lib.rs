@@ -445,7 +445,8 @@ where
         } else if over || this.asked.has_no_body(response.status()) {
             watched.end(End::Completed);
         }
-        let expected = content_length(&response).or(exact);
+        // The header is looked up only where the body does not know.
+        let expected = exact.or_else(|| content_length(&response));
         let watched = this.watched.take().expect("is there until now");
         let upload = this.asked.upload.take();
         Poll::Ready(Ok(response.map(|body| ResponseBody {

@@ -1,7 +1,6 @@
 //! The snapshot: each figure, each field, exact.
 
 use std::{
-    collections::BTreeSet,
     panic::{AssertUnwindSafe, catch_unwind},
     time::Duration,
 };
@@ -252,6 +251,8 @@ async fn a_set_of_many_names_and_places_finds_each() {
 #[cfg(feature = "serde")]
 #[tokio::test(start_paused = true)]
 async fn as_json_a_snapshot_has_exactly_these_keys() {
+    use std::collections::BTreeSet;
+
     let tasks = TaskRegistry::new();
     let context = RequestContext::new().with(trace_id());
     let request = context.sync_scope(|| serve(&TaskSetLayer::new(&tasks)));
