@@ -271,9 +271,18 @@ impl Inner {
             entry.kind = kind;
             return (slot, entry.generation);
         }
+        if self.tasks.len() == self.tasks.capacity() {
+            self.grow();
+        }
         self.tasks.push(Entry { waker: None, since: 0, kind, generation: 0 });
         // A million tasks are some 300 MB: there are no 4 billion.
         (u32::try_from(self.tasks.len() - 1).unwrap_or(NONE), 0)
+    }
+
+    /// By four and not by two: to move the entries is most of what a task among many costs its set.
+    #[cold]
+    fn grow(&mut self) {
+        self.tasks.reserve(3 * self.tasks.len());
     }
 
     pub(super) fn free_slot(&mut self, slot: u32) -> (u16, Option<Waker>) {
