@@ -139,8 +139,9 @@ impl TaskRegistry {
         lock(&self.owner().shards[Owner::SHARDS - 1].0).closed
     }
 
-    /// Tells all tasks that live now to end, for [`Cause::Shutdown`], kept ones too. What is
-    /// spawned later is not affected: [`close`](Self::close) first.
+    /// Tells all tasks that live now to end, for [`Cause::Shutdown`], kept ones too. Requests that
+    /// have a set now get no more tasks; later ones do, unless the registry is
+    /// [closed](Self::close).
     pub fn cancel_all(&self) {
         for set in self.owner().sets() {
             set.cancel(Cause::Shutdown);

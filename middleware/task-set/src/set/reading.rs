@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use tower_catch_unwind::catch;
 use tower_request_context::TraceId;
 
 use super::{
@@ -81,7 +82,8 @@ impl Set {
         }
         let kinds = inner.kinds.to_vec();
         drop(inner);
-        let trace_id = self.context.get().copied();
+        // A part of a value: the code of others.
+        let trace_id = catch(|| self.context.get().copied()).ok().flatten();
         Reading { kinds, tasks, age: self.born.elapsed(), trace_id }
     }
 }
