@@ -445,8 +445,7 @@ where
         } else if over || this.asked.has_no_body(response.status()) {
             watched.end(End::Completed);
         }
-        // The header is looked up only where the body does not know.
-        let expected = exact.or_else(|| content_length(&response));
+        let expected = content_length(&response).or(exact);
         let watched = this.watched.take().expect("is there until now");
         let upload = this.asked.upload.take();
         Poll::Ready(Ok(response.map(|body| ResponseBody {
