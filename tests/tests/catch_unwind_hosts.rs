@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod grpc;
+
 use std::{
     collections::BTreeMap,
     convert::Infallible,
@@ -14,16 +16,11 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::Bytes;
 use http::{Request, Response, header};
 use http_body::{Body, Frame, SizeHint};
 use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream};
-use tonic::{
-    Status,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    server::NamedService,
-    transport::Channel,
-};
+use tonic::{Status, server::NamedService, transport::Channel};
 use tower::{Service, ServiceBuilder, service_fn};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_tasks::{
@@ -32,6 +29,8 @@ use tower_tasks::{
     request_context::RequestId,
 };
 use tower_tasks_tests::{Protocol, Server, http1, http2, read_all, soon};
+
+use grpc::Plain;
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::SubscriberExt;
 
@@ -527,43 +526,6 @@ impl Client {
                 format!("{count} {messages}, {:?}: {message}", error.code())
             }
         }
-    }
-}
-
-/// Messages are what they are.
-struct Plain;
-
-impl Codec for Plain {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Plain {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, message: Bytes, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        to.put(message);
-        Ok(())
-    }
-}
-
-impl Decoder for Plain {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(from.copy_to_bytes(from.remaining())))
     }
 }
 

@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod grpc;
+
 use std::{
     collections::VecDeque,
     convert::Infallible,
@@ -22,7 +24,7 @@ use axum::{
     response::{Sse, sse},
     routing,
 };
-use bytes::{Buf, BufMut, Bytes};
+use bytes::Bytes;
 use http::{HeaderMap, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::UnsyncBoxBody};
@@ -39,11 +41,7 @@ use tokio_stream::{
     Stream, StreamExt,
     wrappers::{TcpListenerStream, UnboundedReceiverStream},
 };
-use tonic::{
-    Status,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    server::NamedService,
-};
+use tonic::{Status, server::NamedService};
 use tower::{Layer, Service, ServiceBuilder, service_fn};
 use tower_http::{
     compression::CompressionLayer,
@@ -54,6 +52,8 @@ use tower_response_end::{End, MakeOnEnd, RequestBody, ResponseEndLayer, hold};
 use tower_tasks_tests::{
     BoxError, Events, Protocol, Raw, Server, auto, events, http1, http2, read_all, soon,
 };
+
+use grpc::Plain;
 
 // How hyper uses a body.
 
@@ -1310,43 +1310,6 @@ impl Service<Request<tonic::body::Body>> for Echo {
             });
             Ok(grpc.server_streaming(streaming, request).await)
         })
-    }
-}
-
-/// Messages are what they are.
-struct Plain;
-
-impl Codec for Plain {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Plain {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, message: Bytes, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        to.put(message);
-        Ok(())
-    }
-}
-
-impl Decoder for Plain {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(from.copy_to_bytes(from.remaining())))
     }
 }
 
