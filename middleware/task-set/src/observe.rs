@@ -5,7 +5,7 @@ use crate::Outcome;
 /// Sees the start and the end of every task of a registry: what metrics are made of.
 ///
 /// Closures `Fn(&TaskEvent)` are this. It is called on the thread that spawns or ends the task, so
-/// it must not block. If it panics, the panic is contained, and seen by the process's panic hook
+/// it must not block. The ledger counts an end just after its observer was told. If it panics, the panic is contained, and seen by the process's panic hook
 /// alone.
 pub trait Observe: Send + Sync + 'static {
     /// A task has started or ended.
