@@ -108,7 +108,7 @@ async fn an_http1_connection_stays_after_a_panic_before_the_head() {
         if status == 500 {
             assert!(head.contains("content-type: application/problem+json\r\n"), "{head}");
             let expected = format!(
-                r#"{{"type":"about:blank","title":"Internal Server Error","status":500,"request_id":"{id}"}}"#
+                r#"{{"type":"about:blank","title":"Internal Server Error","status":500,"detail":"internal error","request_id":"{id}"}}"#
             );
             assert_eq!(client.read_exactly(expected.len()).await, expected);
         } else {

@@ -146,7 +146,7 @@ where
         // Of what has panicked nothing is called again but its drop.
         self.drop_inner();
         Poll::Ready(Some(if in_trailers {
-            Ok(Frame::trailers(answer::internal()))
+            Ok(Frame::trailers(answer::INTERNAL.trailers()))
         } else {
             Err(BodyError::Panicked(panic))
         }))

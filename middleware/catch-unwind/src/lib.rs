@@ -363,7 +363,7 @@ where
             Ok(result) => {
                 log.contain::<A>("drop of on_panic", Some(seen), || *this.on_panic = None);
                 return Poll::Ready(result.map(|response| {
-                    let in_trailers = seen.ends_in_trailers(&response);
+                    let in_trailers = seen.dialect.ends_in_trailers(&response);
                     response.map(|body| ResponseBody::new(body, log, in_trailers))
                 }));
             }

@@ -54,6 +54,7 @@
 //! The context holds values and does nothing. A value is dropped with the last clone of a context
 //! that contains it.
 
+mod answer;
 mod context;
 mod ids;
 
@@ -73,6 +74,7 @@ use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
+pub use answer::{Answer, Dialect};
 pub use context::{Inherit, RequestContext, Scope, Scoped, Task};
 #[cfg(feature = "axum")]
 pub use extract::NoRequestContext;
