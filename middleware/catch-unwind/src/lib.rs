@@ -198,7 +198,6 @@ impl<S, M: Clone, P> Layer<S> for CatchUnwindLayer<M, P> {
 }
 
 /// Middleware that makes outcomes of panics.
-#[derive(Debug)]
 pub struct Catching<S, M = (), P = Http> {
     inner: S,
     layer: CatchUnwindLayer<M, P>,
@@ -207,6 +206,12 @@ pub struct Catching<S, M = (), P = Http> {
 impl<S: Clone, M: Clone, P> Clone for Catching<S, M, P> {
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone(), layer: self.layer.clone() }
+    }
+}
+
+impl<S: fmt::Debug, M, P> fmt::Debug for Catching<S, M, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Catching").field("inner", &self.inner).field("layer", &self.layer).finish()
     }
 }
 

@@ -173,7 +173,6 @@ impl<S, M: Clone, P> Layer<S> for ResponseEndLayer<M, P> {
 }
 
 /// Middleware that calls a hook when a response is over.
-#[derive(Debug)]
 pub struct ResponseEnd<S, M, P = Http> {
     inner: S,
     layer: ResponseEndLayer<M, P>,
@@ -182,6 +181,15 @@ pub struct ResponseEnd<S, M, P = Http> {
 impl<S: Clone, M: Clone, P> Clone for ResponseEnd<S, M, P> {
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone(), layer: self.layer.clone() }
+    }
+}
+
+impl<S: fmt::Debug, M, P> fmt::Debug for ResponseEnd<S, M, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseEnd")
+            .field("inner", &self.inner)
+            .field("layer", &self.layer)
+            .finish()
     }
 }
 

@@ -255,7 +255,6 @@ impl<S, T: Clone, P> Layer<S> for TraceIdLayer<T, P> {
 }
 
 /// Middleware that gives every request a [`TraceContext`].
-#[derive(Debug)]
 pub struct WithTraceId<S, T = Trust, P = Http> {
     inner: S,
     layer: TraceIdLayer<T, P>,
@@ -264,6 +263,15 @@ pub struct WithTraceId<S, T = Trust, P = Http> {
 impl<S: Clone, T: Clone, P> Clone for WithTraceId<S, T, P> {
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone(), layer: self.layer.clone() }
+    }
+}
+
+impl<S: fmt::Debug, T, P> fmt::Debug for WithTraceId<S, T, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WithTraceId")
+            .field("inner", &self.inner)
+            .field("layer", &self.layer)
+            .finish()
     }
 }
 

@@ -69,10 +69,16 @@ impl<S, A: Clone> Layer<S> for PropagateLayer<A> {
 }
 
 /// Middleware that adds the trace context to what a client sends.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Propagate<S, A = ()> {
     inner: S,
     layer: PropagateLayer<A>,
+}
+
+impl<S: fmt::Debug, A> fmt::Debug for Propagate<S, A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Propagate").field("inner", &self.inner).field("layer", &self.layer).finish()
+    }
 }
 
 impl<S, A, B> Service<Request<B>> for Propagate<S, A>
