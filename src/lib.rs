@@ -18,11 +18,20 @@
 //!
 //! From the outside in: [`TraceIdLayer`], so that all below has the ids; [`CatchUnwindLayer`], so
 //! that a panic of whatever is below becomes an answer; [`RequestContextLayer`], so that tasks have
-//! its values; [`ResponseEndLayer`] and [`TaskSetLayer`], next to the handler: to them a panic is an
-//! end of its own as long as nobody has answered it. Layers that answer by
+//! its values; [`ResponseEndLayer`] and [`TaskSetLayer`], next to the handler. Layers that answer by
 //! themselves, a timeout for instance, go outside of the task set if the tasks shall end as with a
 //! client that left, and inside if their answer is a response like any other. With axum put all
 //! of them into one `.layer((..))`: each further call of it costs four allocations a request.
+//!
+//! No order panics, hangs or makes the ledger wrong. These are wrong by nature all the same:
+//!
+//! | order | why not |
+//! |---|---|
+//! | [`CatchUnwindLayer`] inside of [`ResponseEndLayer`] or [`TaskSetLayer`] | they see what became of a panic of the body: an error, or with gRPC trailers. The end is `Failed` or `Completed`, and not `Panicked` |
+//! | a retry inside of [`TaskSetLayer`] | all attempts share one set and its limit, and the tasks of an attempt that failed go on beside those of the next; outside, each attempt has a set that ends with it |
+//! | tower's `Buffer` inside of any of ours | its `call` runs on another task: there nothing is current, only in the future. `.in_extensions()` puts what is needed into the request |
+//! | tower-http's `SetRequestIdLayer` inside of [`TraceIdLayer`] | the handler reads another id than log and response have; outside, its id is taken over |
+//! | tower's `ConcurrencyLimit`, on either side | its permit comes back with the head, while body and tasks go on |
 //!
 //! # Features
 //!
