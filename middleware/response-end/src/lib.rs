@@ -21,6 +21,9 @@
 //! | R8 | either panics, or the response carries the [`Panic`] that it answers to | `Panicked` |
 //! | R9 | either is dropped before any of these | `Disconnected` |
 //!
+//! A layer that may [end](#ending-a-response) a response tells which end that is; of what it cuts
+//! short, layers inside see the drop, which is R9.
+//!
 //! `Completed` means handed to the server's write buffer, not received by the client; a response
 //! with status 500 is as complete as any. With R9 an outer layer may have given up, a timeout for
 //! instance: to this layer that is the same as a client that left.
@@ -62,6 +65,49 @@
 //! are gone (R1). Whoever serves it takes a [`hold`] in the handler and keeps it as long as it is
 //! served: the hook is called when the last hold is dropped.
 //!
+//! # Ending a response
+//!
+//! For those who write a layer that must end responses: at a deadline, at shutdown. What it knows
+//! of one response is its [`Watch`], which is also [`Stop`]: when that says so, the inner future or
+//! body is dropped, in scope, and the client is told. Before the head it gets an answer instead, a
+//! problem document or a gRPC status; after it the body ends in an error, or in trailers if the
+//! client speaks gRPC over HTTP/2. The service's future is a [`StoppableFuture`], its body a
+//! [`StoppableBody`]. All responses that one event ends share a [`Signal`].
+//!
+//! ```
+//! use std::{convert::Infallible, future::{Future, pending}, task::{Context, Poll}};
+//! use bytes::Bytes;
+//! use http::{Request, Response};
+//! use http_body_util::Full;
+//! use tower_request_context::Dialect;
+//! use tower_response_end::{Asked, End, Signal, Stop, StoppableFuture, Stopped, Waiter, Watch};
+//!
+//! struct InFlight(Waiter);
+//!
+//! impl Watch for InFlight {
+//!     fn end(&mut self, _: End) {}
+//! }
+//!
+//! impl Stop for InFlight {
+//!     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped> {
+//!         self.0.poll_given(cx).map(|()| Stopped::Shutdown)
+//!     }
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Infallible> {
+//! let shutdown = Signal::new();
+//! // In `Service::call`:
+//! let request = Request::new(());
+//! let (asked, dialect) = (Asked::of(&request), Dialect::of(&request));
+//! let inner = pending::<Result<Response<Full<Bytes>>, Infallible>>();
+//! let response = StoppableFuture::http(InFlight(shutdown.waiter()), asked, dialect, || inner);
+//!
+//! shutdown.give();
+//! assert_eq!(response.await?.status(), 503);
+//! # Ok(()) }
+//! ```
+//!
 //! # Cancellation
 //!
 //! Dropping the response future or the body drops what it wraps and then calls the hook. The hook
@@ -79,13 +125,15 @@
 
 mod hold;
 mod request_body;
+mod signal;
+mod stop;
 
 use std::{
     fmt,
     marker::PhantomData,
     mem,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::Buf;
@@ -94,12 +142,15 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_catch_unwind::Panic;
 use tower_layer::Layer;
+use tower_request_context::Dialect;
 use tower_service::Service;
 
 use request_body::Upload;
 
 pub use hold::{Hold, Hook, hold};
 pub use request_body::RequestBody;
+pub use signal::{Signal, Waiter};
+pub use stop::{BodyError, CallError, Stop, StoppableBody, StoppableFuture, Stopped};
 pub use tower_request_context::{Http, Plain};
 
 /// How a response ended.
@@ -114,6 +165,8 @@ pub enum End {
     Panicked,
     /// It was dropped half-way: the client left, or an outer layer gave up.
     Disconnected,
+    /// The layer that watches it has ended it, for it took longer than it may.
+    TimedOut,
 }
 
 /// Marks a layer for HTTP that watches the request's body too.
@@ -277,6 +330,8 @@ pub trait Watch {
 #[derive(Debug)]
 pub struct Asked {
     kind: Kind,
+    /// In which to answer if a layer ends the response: told by [`StoppableFuture::http`].
+    dialect: Dialect,
     upload: Option<Upload>,
 }
 
@@ -295,7 +350,7 @@ impl Asked {
             Method::CONNECT => Kind::Connect,
             _ => Kind::Other,
         };
-        Self { kind, upload: None }
+        Self { kind, dialect: Dialect::default(), upload: None }
     }
 
     /// Of a request whose body is watched from here on.
@@ -402,7 +457,8 @@ impl<F, W: Watch> ResponseFuture<F, W, Http> {
 impl<F, W: Watch> ResponseFuture<F, W, Plain> {
     /// Watches what comes of `call`, the call of any other service.
     pub fn plain(watch: W, call: impl FnOnce() -> F) -> Self {
-        Self::new(watch, Asked { kind: Kind::Other, upload: None }, call)
+        let asked = Asked { kind: Kind::Other, dialect: Dialect::default(), upload: None };
+        Self::new(watch, asked, call)
     }
 }
 
@@ -411,6 +467,23 @@ impl<F, W: Watch, P> ResponseFuture<F, W, P> {
         let mut watched = Watched { watch, ended: false };
         let inner = watched.run(call);
         Self { inner: Some(inner), watched: Some(watched), asked, protocol: PhantomData }
+    }
+
+    const fn dialect(&self) -> Dialect {
+        self.asked.dialect
+    }
+
+    /// Ends it, if its watch says so: then it is not polled again.
+    fn poll_stop(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Stopped>
+    where
+        W: Stop,
+    {
+        let mut this = self.project();
+        let Some(watched) = this.watched else { return Poll::Pending };
+        let stopped = ready!(watched.watch.poll_stop(cx));
+        watched.drop_inner::<F>(stopped.end(), || this.inner.set(None));
+        *this.watched = None;
+        Poll::Ready(stopped)
     }
 }
 
@@ -454,6 +527,7 @@ where
             watched.end(End::Completed);
         }
         let expected = content_length(&response).or(exact);
+        let in_trailers = this.asked.dialect.ends_in_trailers(&response);
         let watched = this.watched.take().expect("is there until now");
         let upload = this.asked.upload.take();
         Poll::Ready(Ok(response.map(|body| ResponseBody {
@@ -463,6 +537,7 @@ where
             expected,
             passed: 0,
             over: false,
+            in_trailers,
         })))
     }
 }
@@ -516,6 +591,8 @@ pin_project! {
         passed: u64,
         // Nothing comes any more: a further poll must not reach the inner body.
         over: bool,
+        // Whether the client of a `StoppableBody` sees trailers.
+        in_trailers: bool,
     }
 
     impl<B, W> PinnedDrop for ResponseBody<B, W>
@@ -545,7 +622,28 @@ impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
             expected: None,
             passed: 0,
             over: false,
+            in_trailers: false,
         }
+    }
+}
+
+impl<B: Body, W: Stop> ResponseBody<B, W> {
+    /// Ends it, if its watch says so, when it has been polled and had a frame or not: in place of
+    /// that.
+    fn poll_stop(self: Pin<&mut Self>, had_frame: bool, cx: &mut Context<'_>) -> Poll<Stopped> {
+        let mut this = self.project();
+        let Some(watched) = this.watched.as_mut().filter(|_| !*this.over) else {
+            return Poll::Pending;
+        };
+        let stopped = ready!(watched.watch.poll_stop(cx));
+        let is_last = || this.inner.as_ref().as_pin_ref().is_none_or(|inner| inner.is_end_stream());
+        if had_frame && is_last() {
+            return Poll::Pending;
+        }
+        *this.over = true;
+        watched.drop_inner::<B>(stopped.end(), || this.inner.set(None));
+        *this.watched = None;
+        Poll::Ready(stopped)
     }
 }
 

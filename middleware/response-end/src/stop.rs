@@ -1,0 +1,318 @@
+use std::{
+    error::Error,
+    fmt, mem,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::{Response, StatusCode};
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tower_catch_unwind::Panic;
+use tower_request_context::{Answer, Dialect};
+
+use crate::{Asked, End, Http, Plain, ResponseBody, ResponseFuture, Watch};
+
+/// A [`Watch`] that may end the response that it watches, before its end.
+///
+/// For those who write a layer: see [Ending a response](crate#ending-a-response).
+pub trait Stop: Watch {
+    /// Whether the response is to end now, and why; if not, wakes `cx` when it is to.
+    ///
+    /// Asked whenever the future or the body has come to an await, and after every frame of data:
+    /// it should cost next to nothing while nothing is to end. Once ready, it stays so.
+    fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped>;
+}
+
+/// Why a layer has ended a response before its end.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Stopped {
+    /// It took longer than it may. Before the head: 504, gRPC status 4.
+    TimedOut,
+    /// Something that belongs to it has panicked. Before the head: 500, gRPC status 13.
+    Panicked(Panic),
+    /// The server is shutting down. Before the head: 503, gRPC status 14.
+    Shutdown,
+}
+
+impl Stopped {
+    /// What the [`Watch`] is told.
+    pub(crate) const fn end(&self) -> End {
+        match self {
+            Self::TimedOut => End::TimedOut,
+            Self::Panicked(_) => End::Panicked,
+            Self::Shutdown => End::Disconnected,
+        }
+    }
+
+    const fn answer(&self) -> Answer {
+        match self {
+            Self::TimedOut => {
+                Answer::new(StatusCode::GATEWAY_TIMEOUT, 4, "the request took too long")
+            }
+            Self::Panicked(_) => {
+                Answer::new(StatusCode::INTERNAL_SERVER_ERROR, 13, "internal error")
+            }
+            Self::Shutdown => {
+                Answer::new(StatusCode::SERVICE_UNAVAILABLE, 14, "the server is shutting down")
+            }
+        }
+    }
+
+    /// The answer in place of the response.
+    fn response(self, dialect: Dialect) -> Response<Bytes> {
+        let answer = self.answer();
+        let Self::Panicked(panic) = self else {
+            return answer.response(dialect);
+        };
+        let (trace_id, request_id) = (panic.trace_id(), panic.request_id());
+        let mut response = answer.response_with_ids(dialect, trace_id, request_id);
+        // For layers outside, which see no panic.
+        response.extensions_mut().insert(panic);
+        response
+    }
+}
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TimedOut => f.write_str("the request took too long"),
+            Self::Panicked(panic) => panic.fmt(f),
+            Self::Shutdown => f.write_str("the server is shutting down"),
+        }
+    }
+}
+
+impl Error for Stopped {}
+
+pin_project! {
+    /// Response future of a layer that may [end](Stop) the response.
+    #[derive(Debug)]
+    #[must_use = "futures do nothing unless polled"]
+    pub struct StoppableFuture<F, W, P = Http>
+    where
+        W: Watch,
+    {
+        #[pin]
+        inner: ResponseFuture<F, W, P>,
+    }
+}
+
+impl<F, W: Watch> StoppableFuture<F, W, Http> {
+    /// Watches what comes of `call`, the call of an HTTP service, until `watch` ends it. `dialect`
+    /// is that of the request: it is answered in it.
+    pub fn http(watch: W, asked: Asked, dialect: Dialect, call: impl FnOnce() -> F) -> Self {
+        Self { inner: ResponseFuture::http(watch, Asked { dialect, ..asked }, call) }
+    }
+}
+
+impl<F, W: Watch> StoppableFuture<F, W, Plain> {
+    /// Watches what comes of `call`, the call of any other service, until `watch` ends it.
+    pub fn plain(watch: W, call: impl FnOnce() -> F) -> Self {
+        Self { inner: ResponseFuture::plain(watch, call) }
+    }
+}
+
+impl<F, W, B, E> Future for StoppableFuture<F, W, Http>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    W: Stop,
+    B: Body,
+{
+    type Output = Result<Response<StoppableBody<B, W>>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut inner = self.project().inner;
+        if let Poll::Ready(output) = inner.as_mut().poll(cx) {
+            return Poll::Ready(output.map(|response| response.map(StoppableBody::of)));
+        }
+        let stopped = ready!(inner.as_mut().poll_stop(cx));
+        let response = stopped.response(inner.dialect());
+        Poll::Ready(Ok(response.map(StoppableBody::answer)))
+    }
+}
+
+impl<F, W, T, E> Future for StoppableFuture<F, W, Plain>
+where
+    F: Future<Output = Result<T, E>>,
+    W: Stop,
+{
+    type Output = Result<T, CallError<E>>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut inner = self.project().inner;
+        if let Poll::Ready(output) = inner.as_mut().poll(cx) {
+            return Poll::Ready(output.map_err(CallError::Inner));
+        }
+        inner.poll_stop(cx).map(|stopped| Err(CallError::Stopped(stopped)))
+    }
+}
+
+pin_project! {
+    /// Response body of a layer that may [end](Stop) the response: in [`BodyError::Stopped`], or in
+    /// trailers if the client speaks gRPC over HTTP/2.
+    #[derive(Debug)]
+    pub struct StoppableBody<B, W>
+    where
+        W: Watch,
+    {
+        #[pin]
+        state: State<B, W>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    #[derive(Debug)]
+    enum State<B, W>
+    where
+        W: Watch,
+    {
+        Inner { #[pin] body: ResponseBody<B, W> },
+        Answer { bytes: Bytes },
+        Over,
+    }
+}
+
+impl<B, W: Watch> StoppableBody<B, W> {
+    const fn of(body: ResponseBody<B, W>) -> Self {
+        Self { state: State::Inner { body } }
+    }
+
+    fn answer(bytes: Bytes) -> Self {
+        Self { state: if bytes.is_empty() { State::Over } else { State::Answer { bytes } } }
+    }
+}
+
+/// An empty body that nobody watches.
+impl<B: Default, W: Watch> Default for StoppableBody<B, W> {
+    fn default() -> Self {
+        Self::of(ResponseBody::default())
+    }
+}
+
+impl<B, W> Body for StoppableBody<B, W>
+where
+    B: Body,
+    B::Data: From<Bytes>,
+    W: Stop,
+{
+    type Data = B::Data;
+    type Error = BodyError<B::Error>;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, Self::Error>>> {
+        let mut this = self.project();
+        let (stopped, in_trailers) = match this.state.as_mut().project() {
+            StateProj::Inner { mut body } => {
+                let frame = body.as_mut().poll_frame(cx);
+                match body.as_mut().poll_stop(frame.is_ready(), cx) {
+                    Poll::Ready(stopped) => (stopped, body.in_trailers),
+                    Poll::Pending => return frame.map_err(BodyError::Inner),
+                }
+            }
+            StateProj::Answer { bytes } => {
+                let answer = mem::take(bytes);
+                this.state.set(State::Over);
+                return Poll::Ready(Some(Ok(Frame::data(answer.into()))));
+            }
+            StateProj::Over => return Poll::Ready(None),
+        };
+        this.state.set(State::Over);
+        Poll::Ready(Some(if in_trailers {
+            Ok(Frame::trailers(stopped.answer().trailers()))
+        } else {
+            Err(BodyError::Stopped(stopped))
+        }))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.state {
+            State::Inner { body } => body.is_end_stream(),
+            State::Answer { .. } => false,
+            State::Over => true,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.state {
+            State::Inner { body } => body.size_hint(),
+            State::Answer { bytes } => {
+                SizeHint::with_exact(u64::try_from(bytes.len()).unwrap_or(u64::MAX))
+            }
+            State::Over => SizeHint::with_exact(0),
+        }
+    }
+}
+
+/// Why a [`StoppableBody`] has ended before its end.
+///
+/// It becomes a boxed error, which servers ask for, if `E` does, and `Inner` becomes just what `E`
+/// would, so that whoever looks for an error in it finds that. It cannot be an [`Error`] besides,
+/// or boxed errors, which many layers have, could not be an `E`.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum BodyError<E> {
+    /// The body yielded an error.
+    Inner(E),
+    /// A layer has ended it.
+    Stopped(Stopped),
+}
+
+impl<E: fmt::Display> fmt::Display for BodyError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inner(error) => error.fmt(f),
+            Self::Stopped(stopped) => write!(f, "the response body was cut off: {stopped}"),
+        }
+    }
+}
+
+impl<E> From<BodyError<E>> for Box<dyn Error + Send + Sync>
+where
+    E: Into<Self>,
+{
+    fn from(error: BodyError<E>) -> Self {
+        match error {
+            BodyError::Inner(error) => error.into(),
+            BodyError::Stopped(stopped) => stopped.into(),
+        }
+    }
+}
+
+/// Why a call of a [plain](Plain) service failed.
+///
+/// It becomes a boxed error if `E` does: see [`BodyError`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum CallError<E> {
+    /// The service yielded an error.
+    Inner(E),
+    /// A layer has ended the call.
+    Stopped(Stopped),
+}
+
+impl<E: fmt::Display> fmt::Display for CallError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inner(error) => error.fmt(f),
+            Self::Stopped(stopped) => write!(f, "the call was given up: {stopped}"),
+        }
+    }
+}
+
+impl<E> From<CallError<E>> for Box<dyn Error + Send + Sync>
+where
+    E: Into<Self>,
+{
+    fn from(error: CallError<E>) -> Self {
+        match error {
+            CallError::Inner(error) => error.into(),
+            CallError::Stopped(stopped) => stopped.into(),
+        }
+    }
+}
