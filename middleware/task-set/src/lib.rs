@@ -90,6 +90,7 @@ mod place;
 mod reaper;
 mod registry;
 mod set;
+mod stop;
 mod sync;
 mod task;
 mod task_set;
@@ -104,6 +105,7 @@ use std::{
     marker::PhantomData,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use http::{Request, Response};
@@ -117,6 +119,7 @@ pub use lifetime::AtEnd;
 pub use observe::{Observe, TaskEvent};
 pub use place::ResponseScope;
 pub use registry::{TaskRegistry, assert_drained};
+pub use stop::StopToken;
 
 pub use task::{AbortHandle, Cause, Outcome, TaskError, TaskHandle};
 pub use task_set::{Hold, NewTask, NoTaskSet, TaskSet};
@@ -189,6 +192,15 @@ impl<P> TaskSetLayer<P> {
         let config = Arc::make_mut(&mut self.config);
         config.policy.on(end, lifetime);
         config.layer.on(end, lifetime);
+        self
+    }
+
+    /// How long graceful tasks may go on after they were told to end, if neither the set nor the
+    /// task says otherwise: see [`NewTask::grace`].
+    pub fn grace(mut self, grace: Duration) -> Self {
+        let config = Arc::make_mut(&mut self.config);
+        config.policy.set_grace(grace);
+        config.layer.set_grace(grace);
         self
     }
 }

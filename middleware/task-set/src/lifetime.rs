@@ -43,9 +43,13 @@ impl fmt::Display for AtEnd {
 pub(crate) struct Policy {
     at_end: Option<AtEnd>,
     on: Vec<(End, AtEnd)>,
+    grace: Option<Duration>,
 }
 
 impl Policy {
+    /// What a graceful task has if nobody says otherwise.
+    const GRACE: Duration = Duration::from_secs(5);
+
     pub(crate) fn at_end(&mut self, lifetime: AtEnd) {
         self.at_end = Some(lifetime);
     }
@@ -53,6 +57,16 @@ impl Policy {
     pub(crate) fn on(&mut self, end: End, lifetime: AtEnd) {
         self.on.retain(|(other, _)| *other != end);
         self.on.push((end, lifetime));
+    }
+
+    pub(crate) fn set_grace(&mut self, grace: Duration) {
+        self.grace = Some(grace);
+    }
+
+    /// How long a graceful task may go on after it was told to end: what was chosen for it, or
+    /// else here.
+    pub(crate) fn grace(&self, own: Option<&Self>) -> Duration {
+        own.and_then(|own| own.grace).or(self.grace).unwrap_or(Self::GRACE)
     }
 
     /// What was chosen for this end, if anything.
@@ -66,8 +80,12 @@ impl Policy {
         self.at_end
     }
 
+    pub(crate) fn has_lifetime(&self) -> bool {
+        self.at_end.is_some() || !self.on.is_empty()
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
-        self.at_end.is_none() && self.on.is_empty()
+        !self.has_lifetime() && self.grace.is_none()
     }
 
     /// Adds what `inner` chose, which counts first.
@@ -78,5 +96,6 @@ impl Policy {
         for (end, lifetime) in &inner.on {
             self.on(*end, *lifetime);
         }
+        self.grace = inner.grace.or(self.grace);
     }
 }

@@ -4,6 +4,7 @@ use std::{
     panic::Location,
     sync::{Arc, PoisonError},
     thread,
+    time::Duration,
 };
 
 use tokio::runtime::Handle;
@@ -11,11 +12,11 @@ use tower_response_end::End;
 use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 
 use crate::{
-    AtEnd, Observe, Snapshot, TaskHandle,
+    AtEnd, Observe, Snapshot, StopToken, TaskHandle,
     ledger::Base,
     lifetime::Policy,
     reaper::Runtime,
-    set::{self, Set},
+    set::{Refusal, Set, Ticket},
     sync::{Mutex, Notify, lock},
     task::Cause,
     task_set::{NewTask, Plan},
@@ -81,6 +82,13 @@ impl TaskRegistry {
         self
     }
 
+    /// How long graceful tasks may go on after they were told to end, if neither the layer nor the
+    /// set nor the task says otherwise: see [`NewTask::grace`].
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.choose().policy.set_grace(grace);
+        self
+    }
+
     /// Tells `observer` of the start and the end of every task.
     pub fn observer(mut self, observer: impl Observe) -> Self {
         self.choose().observer = Some(Arc::new(observer));
@@ -106,7 +114,53 @@ impl TaskRegistry {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        self.start(&Plan::new(name, Location::caller()), future)
+        match self.admit(&Plan::new(name, Location::caller())) {
+            Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
+            Err(reason) => Err(Refused { reason, future }),
+        }
+    }
+
+    /// Spawns a task that belongs to no request and is not just dropped when it is told to end:
+    /// see [`TaskSet::spawn_graceful`](crate::TaskSet::spawn_graceful).
+    ///
+    /// # Errors
+    ///
+    /// As [`spawn`](Self::spawn); the closure comes back.
+    #[track_caller]
+    pub fn spawn_graceful<M, F>(
+        &self,
+        name: &'static str,
+        make: M,
+    ) -> Result<TaskHandle<F::Output>, Refused<M>>
+    where
+        M: FnOnce(StopToken) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.task(name).spawn_graceful(make)
+    }
+
+    /// Runs a closure that belongs to no request on a thread where it may block: see
+    /// [`TaskSet::spawn_blocking`](crate::TaskSet::spawn_blocking).
+    ///
+    /// # Errors
+    ///
+    /// As [`spawn`](Self::spawn); the closure comes back.
+    ///
+    /// # Panics
+    ///
+    /// As [`TaskSet::spawn_blocking`](crate::TaskSet::spawn_blocking).
+    #[track_caller]
+    pub fn spawn_blocking<F, T>(
+        &self,
+        name: &'static str,
+        closure: F,
+    ) -> Result<TaskHandle<T>, Refused<F>>
+    where
+        F: FnOnce(StopToken) -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        self.task(name).spawn_blocking(closure)
     }
 
     /// A task that is yet to be spawned, for choices of its own.
@@ -139,12 +193,19 @@ impl TaskRegistry {
         lock(&self.owner().shards[Owner::SHARDS - 1].0).closed
     }
 
-    /// Tells all tasks that live now to end, for [`Cause::Shutdown`], kept ones too. Requests that
-    /// have a set now get no more tasks; later ones do, unless the registry is
-    /// [closed](Self::close).
+    /// Tells all tasks that live now to end, for [`Cause::Shutdown`], kept ones too: graceful ones
+    /// have their grace. Requests that have a set now get no more tasks; later ones do, unless the
+    /// registry is [closed](Self::close).
     pub fn cancel_all(&self) {
         for set in self.owner().sets() {
             set.cancel(Cause::Shutdown);
+        }
+    }
+
+    /// The same, and ends all grace now: a graceful task is dropped at its next await.
+    pub fn abort_all(&self) {
+        for set in self.owner().sets() {
+            set.abort(Cause::Shutdown);
         }
     }
 
@@ -185,26 +246,17 @@ impl TaskRegistry {
         &self.0
     }
 
-    #[track_caller]
-    pub(crate) fn start<F>(
-        &self,
-        plan: &Plan,
-        future: F,
-    ) -> Result<TaskHandle<F::Output>, Refused<F>>
-    where
-        F: Future + Send + 'static,
-        F::Output: Send + 'static,
-    {
+    pub(crate) fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
         loop {
             let Some(set) = self.owner().own_set(&self.0) else {
                 self.owner().refuse(plan.name);
-                return Err(Refused { reason: SpawnError::Closed, future });
+                return Err(SpawnError::Closed);
             };
             // A set whose last task has just ended is replaced by another.
             match set.admit(plan) {
-                Ok(ticket) => return Ok(set.spawn(&ticket, future)),
-                Err(set::Refusal::Gone) => {}
-                Err(set::Refusal::Because(reason)) => return Err(Refused { reason, future }),
+                Ok(ticket) => return Ok((set, ticket)),
+                Err(Refusal::Gone) => {}
+                Err(Refusal::Because(reason)) => return Err(reason),
             }
         }
     }

@@ -6,8 +6,10 @@ use std::{
     any::Any,
     fmt,
     panic::Location,
+    pin::pin,
     sync::{Arc, OnceLock},
-    task::Waker,
+    task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use smallvec::SmallVec;
@@ -24,8 +26,9 @@ use crate::{
     place,
     reaper::{Key, Runtime, Who},
     registry::{self, Config, Owner},
+    stop::Stop,
     sync::{AtomicBool, Mutex, MutexGuard, Ordering, lock},
-    task::{Canceller, Cause, Member, Order, Outcome, TaskHandle, Tracked},
+    task::{Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
     task_set::Plan,
 };
 
@@ -153,14 +156,31 @@ impl Set {
     /// Gives a task that was admitted to the runtime.
     #[inline]
     #[track_caller]
-    pub(crate) fn spawn<F>(self: &Arc<Self>, ticket: &Ticket, future: F) -> TaskHandle<F::Output>
+    pub(crate) fn spawn<W, T>(self: &Arc<Self>, ticket: &Ticket, work: W) -> TaskHandle<T>
     where
-        F: Future + Send + 'static,
-        F::Output: Send + 'static,
+        W: Future<Output = Result<T, TaskError>> + Send + 'static,
+        T: Send + 'static,
     {
-        let member = ticket.member(self);
         let runtime = self.runtime().expect("who is admitted has one");
-        let join = runtime.handle.spawn(Tracked::new(future, member));
+        let join = runtime.handle.spawn(work);
+        TaskHandle::new(join, ticket.canceller(self))
+    }
+
+    /// The same for a task that blocks, and so is ready when it was polled once.
+    #[track_caller]
+    pub(crate) fn spawn_blocking<W, T>(self: &Arc<Self>, ticket: &Ticket, work: W) -> TaskHandle<T>
+    where
+        W: Future<Output = Result<T, TaskError>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let runtime = self.runtime().expect("who is admitted has one");
+        let join = runtime.handle.spawn_blocking(move || {
+            let mut context = Context::from_waker(Waker::noop());
+            match pin!(work).poll(&mut context) {
+                Poll::Ready(result) => result,
+                Poll::Pending => unreachable!("it blocks until it is ready"),
+            }
+        });
         TaskHandle::new(join, ticket.canceller(self))
     }
 
@@ -210,7 +230,7 @@ impl Set {
         lifetime: Option<Box<Lifetime>>,
         home: Option<Box<Home>>,
     ) {
-        let extra = self.new_extra(plan, runtime, slot, lifetime, home);
+        let extra = self.new_extra(&inner, plan, runtime, slot, lifetime, home);
         let keys = [extra.timeout, extra.lifetime.and_then(|lifetime| lifetime.key)];
         inner.extras.insert(slot, extra);
         drop(inner);
@@ -256,7 +276,7 @@ impl Set {
         end: End,
     ) -> Result<Option<Box<Lifetime>>, SpawnError> {
         let parent = place::slot_in(self).ok_or(SpawnError::Closed)?;
-        if inner.order(parent).is_some() {
+        if inner.is_told(parent) {
             return Err(SpawnError::Closed);
         }
         let own = inner.extras.get(&parent).and_then(|extra| extra.lifetime);
@@ -270,6 +290,7 @@ impl Set {
 
     fn new_extra(
         self: &Arc<Self>,
+        inner: &Inner,
         plan: &Plan,
         runtime: Option<&Arc<Runtime>>,
         slot: u32,
@@ -286,6 +307,8 @@ impl Set {
             policy: plan.policy().filter(|_| !self.own).cloned(),
             lifetime,
             timeout: self.note(runtime, timeout, Who::Task(slot)),
+            stop: plan.stop().cloned(),
+            grace: plan.grace(self.policy(inner)),
             trace_id: home.as_ref().and_then(|home| home.trace_id),
             home,
             started: self.config.observer.as_ref().map(|_| Instant::now()),
@@ -437,6 +460,7 @@ impl Set {
         let Some(extra) = self.lock().extras.remove(&slot) else { return };
         self.forget(extra.timeout);
         self.forget(extra.lifetime.and_then(|lifetime| lifetime.key));
+        self.forget(extra.grace_key);
         // An observer, values and a span: the code of others.
         if let (Some(observer), Some(started)) = (&self.config.observer, extra.started) {
             let (name, site) = self.name_and_site(slot);
@@ -470,42 +494,39 @@ impl Set {
         }
         let chosen = self.policy(&inner).get(end).unwrap_or_default();
         let order = Order::Cancel(end.into());
-        let mut told = false;
-        let mut earliest = None;
+        let mut news = News::default();
         let mut lifetime = Lifetime::begin(chosen);
-        if lifetime.is_over() {
+        let all = lifetime.is_over();
+        if all {
             inner.order = Some(order);
-            told = true;
+            news.told = true;
         } else if !lifetime.is_far() {
             lifetime.key = self.note(self.runtime(), lifetime.until, Who::Set);
-            earliest = lifetime.until;
+            news.earliest = lifetime.until;
         }
         let is_far = lifetime.is_far();
         inner.lifetime = Some(lifetime);
         for (slot, extra) in &mut inner.extras {
-            let Some(policy) = &extra.policy else { continue };
+            let Some(policy) = &extra.policy else {
+                if all && extra.stop.is_some() {
+                    self.tell(*slot, extra, order, &mut news);
+                }
+                continue;
+            };
             let mut lifetime = Lifetime::begin(policy.get(end).unwrap_or(chosen));
             if lifetime.is_over() {
-                extra.order.get_or_insert(order);
-                told = true;
+                self.tell(*slot, extra, order, &mut news);
             } else {
                 lifetime.key = self.note(self.runtime(), lifetime.until, Who::Task(*slot));
-                earliest = earliest.into_iter().chain(lifetime.until).min();
+                news.expect(lifetime.until);
             }
             extra.lifetime = Some(lifetime);
         }
         drop(inner);
-        if let Some(runtime) = self.runtime() {
-            if is_far {
-                runtime.expect();
-            }
-            if let Some(at) = earliest {
-                runtime.wind(at);
-            }
+        if let (true, Some(runtime)) = (is_far, self.runtime()) {
+            runtime.expect();
         }
-        if told {
-            self.wake_told();
-        }
+        self.spread(news);
     }
 
     /// The reaper looks for deadlines that were far away, and takes in what comes before
@@ -527,70 +548,151 @@ impl Set {
     }
 
     /// A deadline that was [noted](Self::note) has come.
-    pub(crate) fn lapse(&self, key: Key, who: Who) {
+    pub(crate) fn lapse(self: &Arc<Self>, key: Key, who: Who) {
         let mut inner = self.lock();
         let order = Order::Cancel(inner.end.map_or(Cause::Requested, Cause::from));
+        let mut news = News::default();
         match who {
-            Who::Set => match &mut inner.lifetime {
-                Some(lifetime) if lifetime.key == Some(key) => {
-                    lifetime.key = None;
-                    inner.order.get_or_insert(order);
-                    drop(inner);
-                    self.wake_told();
-                }
-                _ => {}
-            },
-            Who::Task(slot) => {
-                let Some(extra) = inner.extras.get_mut(&slot) else {
+            Who::Set => {
+                let Some(lifetime) = inner.lifetime.as_mut().filter(|own| own.key == Some(key))
+                else {
                     return;
                 };
+                lifetime.key = None;
+                self.tell_all(&mut inner, order, &mut news, |extra| !extra.has_own_lifetime());
+            }
+            Who::Task(slot) => {
+                let Some(extra) = inner.extras.get_mut(&slot) else { return };
                 if extra.timeout == Some(key) {
                     extra.timeout = None;
-                    extra.order.get_or_insert(Order::TimeOut);
+                    self.tell(slot, extra, Order::TimeOut, &mut news);
+                } else if extra.grace_key == Some(key) {
+                    extra.grace_key = None;
+                    extra.end_grace();
                 } else if let Some(lifetime) =
                     extra.lifetime.as_mut().filter(|lifetime| lifetime.key == Some(key))
                 {
                     lifetime.key = None;
-                    extra.order.get_or_insert(order);
+                    self.tell(slot, extra, order, &mut news);
                 } else {
                     return;
                 }
-                self.wake_one(inner, slot);
+                return self.spread_to(inner, slot, news);
             }
         }
+        drop(inner);
+        self.spread(news);
     }
 
     /// Tells one task to end.
-    pub(crate) fn cancel_task(&self, slot: u32, generation: u16) {
+    pub(crate) fn cancel_task(self: &Arc<Self>, slot: u32, generation: u16, cause: Cause) {
         let mut inner = self.lock();
         let entry = &inner.tasks[slot as usize];
         if entry.kind != FREE && entry.generation == generation {
+            let mut news = News::default();
             let extra = inner.extras.entry(slot).or_default();
-            extra.order.get_or_insert(Order::Cancel(Cause::Requested));
-            self.wake_one(inner, slot);
+            self.tell(slot, extra, Order::Cancel(cause), &mut news);
+            self.spread_to(inner, slot, news);
         }
     }
 
     /// Tells all tasks to end, and accepts no more. For other tasks that belong to no request, the
     /// registry makes another set.
     pub(crate) fn cancel(self: &Arc<Self>, cause: Cause) {
+        self.cancel_now(cause, false);
+    }
+
+    /// The same, and none has any grace.
+    pub(crate) fn abort(self: &Arc<Self>, cause: Cause) {
+        self.cancel_now(cause, true);
+    }
+
+    fn cancel_now(self: &Arc<Self>, cause: Cause, abort: bool) {
         let mut inner = self.lock();
         inner.cancelled = true;
         let over = self.own && inner.disown();
-        let order = Order::Cancel(cause);
-        inner.order.get_or_insert(order);
-        for extra in inner.extras.values_mut().filter(|extra| extra.has_own_lifetime()) {
-            extra.order.get_or_insert(order);
+        let mut news = News::default();
+        self.tell_all(&mut inner, Order::Cancel(cause), &mut news, |_| true);
+        if abort {
+            inner.extras.values_mut().for_each(Extra::end_grace);
         }
         drop(inner);
-        self.wake_told();
+        self.spread(news);
         self.settle(over, false);
     }
 
-    fn wake_one(&self, mut inner: MutexGuard<'_, Inner>, slot: u32) {
-        self.orders.store(true, Ordering::Relaxed);
-        let waker = inner.tasks[slot as usize].waker.take();
+    /// Tells all tasks that have nothing of their own, and of the others those that `which` says.
+    fn tell_all(
+        self: &Arc<Self>,
+        inner: &mut Inner,
+        order: Order,
+        news: &mut News,
+        which: impl Fn(&Extra) -> bool,
+    ) {
+        inner.order.get_or_insert(order);
+        news.told = true;
+        for (slot, extra) in &mut inner.extras {
+            if extra.is_told_alone() && which(extra) {
+                self.tell(*slot, extra, order, news);
+            }
+        }
+    }
+
+    /// Tells the task in this slot. One that is graceful goes on for its grace; what it was told
+    /// first is what counts.
+    fn tell(self: &Arc<Self>, slot: u32, extra: &mut Extra, order: Order, news: &mut News) {
+        let Some(stop) = &extra.stop else {
+            extra.order.get_or_insert(order);
+            news.told = true;
+            return;
+        };
+        if extra.told.is_some() {
+            return;
+        }
+        extra.told = Some(order);
+        news.stops.push((stop.clone(), order.cause()));
+        match extra.grace {
+            // It does as it is told if it has not started, and else what it likes.
+            None => {
+                extra.order = Some(order);
+                news.told = true;
+            }
+            Some(Duration::ZERO) => {
+                extra.end_grace();
+                news.told = true;
+            }
+            Some(grace) => {
+                // What is too long to count is for ever.
+                let until = Instant::now().checked_add(grace);
+                extra.grace_key = self.note(self.runtime(), until, Who::Task(slot));
+                news.expect(until);
+            }
+        }
+    }
+
+    /// Does what is left to do when tasks were told something, now that the lock is released.
+    fn spread(&self, news: News) {
+        if let (Some(at), Some(runtime)) = (news.earliest, self.runtime()) {
+            runtime.wind(at);
+        }
+        for (stop, cause) in news.stops {
+            stop.tell(cause);
+        }
+        if news.told {
+            self.wake_told();
+        }
+    }
+
+    /// The same when it was this task alone.
+    fn spread_to(&self, mut inner: MutexGuard<'_, Inner>, slot: u32, news: News) {
+        let mut waker = None;
+        // One that is in its grace is not woken yet: its waker is registered only once.
+        if inner.order(slot).is_some() {
+            self.orders.store(true, Ordering::Relaxed);
+            waker = inner.tasks[slot as usize].waker.take();
+        }
         drop(inner);
+        self.spread(News { told: false, ..news });
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -733,6 +835,22 @@ impl fmt::Debug for Set {
     }
 }
 
+/// What is left to do when tasks were told something.
+#[derive(Default)]
+struct News {
+    /// Some task may have to be woken.
+    told: bool,
+    stops: Vec<(Arc<Stop>, Cause)>,
+    /// The first of the deadlines that were noted.
+    earliest: Option<Instant>,
+}
+
+impl News {
+    fn expect(&mut self, until: Option<Instant>) {
+        self.earliest = self.earliest.into_iter().chain(until).min();
+    }
+}
+
 /// Why a set does not admit a task.
 #[derive(Debug)]
 pub(crate) enum Refusal {
@@ -756,6 +874,12 @@ impl Ticket {
     #[inline]
     pub(crate) fn member(&self, set: &Arc<Set>) -> Member {
         Member::new(set.clone(), self.slot, self.has_extra)
+    }
+
+    /// The future as a member of the set.
+    #[inline]
+    pub(crate) fn track<F>(&self, set: &Arc<Set>, future: F) -> Tracked<F> {
+        Tracked::new(future, self.member(set))
     }
 
     #[inline]

@@ -26,6 +26,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(loom)]
 mod model {
     use std::{
+        ops::Deref,
         pin::Pin,
         sync::Arc,
         task::{Context, Poll, Waker},
@@ -36,15 +37,20 @@ mod model {
     #[derive(Debug, Default)]
     pub(crate) struct Notify(Mutex<(u64, Vec<Waker>)>);
 
-    pub(crate) struct OwnedNotified {
-        notify: Arc<Notify>,
+    pub(crate) struct Notified<N> {
+        notify: N,
         generation: u64,
     }
 
     impl Notify {
-        pub(crate) fn notified_owned(self: Arc<Self>) -> OwnedNotified {
+        pub(crate) fn notified(&self) -> Notified<&Self> {
             let generation = lock(&self.0).0;
-            OwnedNotified { notify: self, generation }
+            Notified { notify: self, generation }
+        }
+
+        pub(crate) fn notified_owned(self: Arc<Self>) -> Notified<Arc<Self>> {
+            let generation = lock(&self.0).0;
+            Notified { notify: self, generation }
         }
 
         pub(crate) fn notify_waiters(&self) {
@@ -56,7 +62,7 @@ mod model {
         }
     }
 
-    impl Future for OwnedNotified {
+    impl<N: Deref<Target = Notify> + Unpin> Future for Notified<N> {
         type Output = ();
 
         fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {

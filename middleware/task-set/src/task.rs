@@ -13,6 +13,7 @@ use tower_catch_unwind::{Panic, catch};
 use tower_response_end::End;
 
 use crate::{
+    StopToken,
     place::{self, Outside},
     set::Set,
 };
@@ -33,6 +34,10 @@ pub enum Cause {
     Shutdown,
     /// Somebody cancelled it by its handle, or its whole set.
     Requested,
+    /// Its own timeout passed, and it was asked to come to an end.
+    TimedOut,
+    /// Another task of its group failed.
+    Sibling,
 }
 
 impl From<End> for Cause {
@@ -56,6 +61,8 @@ impl fmt::Display for Cause {
             Self::Disconnected => "its client left",
             Self::Shutdown => "the runtime or the process is stopping",
             Self::Requested => "somebody asked for it",
+            Self::TimedOut => "its time is over",
+            Self::Sibling => "another task of its group failed",
         })
     }
 }
@@ -66,7 +73,7 @@ impl fmt::Display for Cause {
 pub enum TaskError {
     /// It was told to end, and was dropped at an await or before it started.
     Cancelled(Cause),
-    /// It was dropped with its runtime.
+    /// It was dropped because its grace was over, or with its runtime.
     Aborted(Cause),
     /// Its own timeout passed.
     TimedOut,
@@ -95,7 +102,7 @@ pub enum Outcome {
     Completed,
     /// It was told to end, and was dropped at an await or before it started.
     Cancelled,
-    /// It was dropped with its runtime.
+    /// It was dropped because its grace was over, or with its runtime.
     Aborted,
     /// Its own timeout passed.
     TimedOut,
@@ -123,6 +130,8 @@ impl fmt::Display for Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
     Cancel(Cause),
+    /// After its grace.
+    Abort(Cause),
     TimeOut,
 }
 
@@ -130,6 +139,7 @@ impl Order {
     const fn outcome(self) -> Outcome {
         match self {
             Self::Cancel(_) => Outcome::Cancelled,
+            Self::Abort(_) => Outcome::Aborted,
             Self::TimeOut => Outcome::TimedOut,
         }
     }
@@ -137,7 +147,24 @@ impl Order {
     const fn error(self) -> TaskError {
         match self {
             Self::Cancel(cause) => TaskError::Cancelled(cause),
+            Self::Abort(cause) => TaskError::Aborted(cause),
             Self::TimeOut => TaskError::TimedOut,
+        }
+    }
+
+    /// Why, for those who are asked.
+    pub(crate) const fn cause(self) -> Cause {
+        match self {
+            Self::Cancel(cause) | Self::Abort(cause) => cause,
+            Self::TimeOut => Cause::TimedOut,
+        }
+    }
+
+    /// What becomes of it when the task was asked, and its grace is over.
+    pub(crate) const fn after_grace(self) -> Self {
+        match self {
+            Self::Cancel(cause) | Self::Abort(cause) => Self::Abort(cause),
+            Self::TimeOut => Self::TimeOut,
         }
     }
 }
@@ -190,6 +217,67 @@ impl<F: Future> Future for Tracked<F> {
                 Poll::Ready(Err(TaskError::Panicked(panic)))
             }
         }
+    }
+}
+
+pin_project! {
+    /// A graceful task: what makes its future, and then that. Made in the first poll, so that what
+    /// makes it runs in the task too.
+    #[project = StageOf]
+    pub(crate) enum Graceful<M, F> {
+        Made { make: Option<(M, StopToken)> },
+        Runs { #[pin] future: F },
+    }
+}
+
+impl<M, F> Graceful<M, F> {
+    pub(crate) const fn new(make: M, stop: StopToken) -> Self {
+        Self::Made { make: Some((make, stop)) }
+    }
+}
+
+impl<M, F> Future for Graceful<M, F>
+where
+    M: FnOnce(StopToken) -> F,
+    F: Future,
+{
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        loop {
+            match self.as_mut().project() {
+                StageOf::Runs { future } => return future.poll(cx),
+                StageOf::Made { make } => {
+                    let (make, stop) = make.take().expect("it is not polled after a panic");
+                    let future = make(stop);
+                    self.set(Self::Runs { future });
+                }
+            }
+        }
+    }
+}
+
+/// A closure that blocks, as a future that is ready when it was polled once.
+pub(crate) struct Blocking<F>(Option<(F, StopToken)>);
+
+impl<F> Blocking<F> {
+    pub(crate) const fn new(closure: F, stop: StopToken) -> Self {
+        Self(Some((closure, stop)))
+    }
+}
+
+// It is called by value, and never where it lies.
+impl<F> Unpin for Blocking<F> {}
+
+impl<F, T> Future for Blocking<F>
+where
+    F: FnOnce(StopToken) -> T,
+{
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<T> {
+        let (closure, stop) = self.0.take().expect("it is polled once");
+        Poll::Ready(closure(stop))
     }
 }
 
@@ -465,7 +553,7 @@ pub(crate) struct Canceller {
 
 impl Canceller {
     pub(crate) fn cancel(&self) {
-        self.set.cancel_task(self.slot, self.generation);
+        self.set.cancel_task(self.slot, self.generation, Cause::Requested);
     }
 
     fn drop_panic(&self, payload: Box<dyn Any + Send>) -> Panic {

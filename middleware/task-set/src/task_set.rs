@@ -7,8 +7,9 @@ use crate::{
     AtEnd, TaskHandle, TaskRegistry,
     lifetime::Policy,
     place,
-    set::{Refusal, Set},
-    task::Cause,
+    set::{Refusal, Set, Ticket},
+    stop::{Stop, StopToken},
+    task::{Blocking, Cause, Graceful},
 };
 
 /// The tasks of one request.
@@ -59,7 +60,66 @@ impl TaskSet {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        start(&self.0, &Plan::new(name, Location::caller()), future)
+        let (set, plan) = (&self.0, Plan::new(name, Location::caller()));
+        match set.admit(&plan) {
+            Ok(ticket) => Ok(set.spawn(&ticket, ticket.track(set, future))),
+            Err(refusal) => match admit_elsewhere(set, &plan, &refusal) {
+                Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
+                Err(reason) => Err(Refused { reason, future }),
+            },
+        }
+    }
+
+    /// Spawns a task that is not just dropped when it is told to end.
+    ///
+    /// It is given a [`StopToken`] that tells it, and then has its [grace](NewTask::grace), 5
+    /// seconds by default, to come to an end by itself. What it yields within that time counts.
+    /// When the time is over, it is dropped at its next await, and its handle yields
+    /// [`Aborted`](crate::TaskError::Aborted).
+    ///
+    /// # Errors
+    ///
+    /// As [`spawn`](Self::spawn); the closure comes back.
+    #[track_caller]
+    pub fn spawn_graceful<M, F>(
+        &self,
+        name: &'static str,
+        make: M,
+    ) -> Result<TaskHandle<F::Output>, Refused<M>>
+    where
+        M: FnOnce(StopToken) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.task(name).spawn_graceful(make)
+    }
+
+    /// Runs a closure on a thread where it may block.
+    ///
+    /// Nothing can stop it once it has started: it is told by its [`StopToken`], and should look
+    /// now and then. It is a task until it returns, whoever has given up on it: it keeps its
+    /// permit, and is listed as [`Cancelling`](crate::TaskState::Cancelling) when it was told to
+    /// end. One that was told before it started does not start, and counts as cancelled when a
+    /// thread comes to it.
+    ///
+    /// # Errors
+    ///
+    /// As [`spawn`](Self::spawn); the closure comes back.
+    ///
+    /// # Panics
+    ///
+    /// If the operating system has no thread for it, and the runtime none that blocks.
+    #[track_caller]
+    pub fn spawn_blocking<F, T>(
+        &self,
+        name: &'static str,
+        closure: F,
+    ) -> Result<TaskHandle<T>, Refused<F>>
+    where
+        F: FnOnce(StopToken) -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        self.task(name).spawn_blocking(closure)
     }
 
     /// A task that is yet to be spawned, for choices of its own.
@@ -79,6 +139,14 @@ impl TaskSet {
     pub fn on(&self, end: End, lifetime: AtEnd) {
         let mut policy = Policy::default();
         policy.on(end, lifetime);
+        self.0.add_policy(&policy);
+    }
+
+    /// How long the set's graceful tasks may go on after they were told to end, if they do not say
+    /// otherwise. It holds for those that are spawned from now on.
+    pub fn grace(&self, grace: Duration) {
+        let mut policy = Policy::default();
+        policy.set_grace(grace);
         self.0.add_policy(&policy);
     }
 
@@ -190,10 +258,21 @@ impl<'a> NewTask<'a> {
         self
     }
 
-    /// Gives the task this long from its spawn on. Then it is dropped at its next await, and its
-    /// handle yields [`TimedOut`](crate::TaskError::TimedOut).
+    /// Gives the task this long from its spawn on. Then it is told to end: an ordinary task is
+    /// dropped at its next await, and its handle yields [`TimedOut`](crate::TaskError::TimedOut).
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.choice().timeout = Some(timeout);
+        self
+    }
+
+    /// How long a graceful task may go on after it was told to end. The default is 5 seconds.
+    ///
+    /// Choose what it takes to leave things in order, and less than the process has for its
+    /// shutdown. Zero is none: the task is dropped at its next await.
+    ///
+    /// It changes nothing for other tasks.
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.choice().policy.set_grace(grace);
         self
     }
 
@@ -208,16 +287,85 @@ impl<'a> NewTask<'a> {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let mut plan = Plan::new(self.name, Location::caller());
-        plan.choice = self.choice;
-        match self.owner {
-            TaskOwner::Set(set) => start(set, &plan, future),
-            TaskOwner::Registry(registry) => registry.start(&plan, future),
+        let plan = self.plan(Location::caller());
+        match self.owner.admit(&plan) {
+            Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
+            Err(reason) => Err(Refused { reason, future }),
+        }
+    }
+
+    /// Spawns it as a graceful task: see [`TaskSet::spawn_graceful`].
+    ///
+    /// # Errors
+    ///
+    /// As [`TaskSet::spawn`].
+    #[track_caller]
+    pub fn spawn_graceful<M, F>(self, make: M) -> Result<TaskHandle<F::Output>, Refused<M>>
+    where
+        M: FnOnce(StopToken) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        let (plan, stop) = self.plan_with_stop(Location::caller(), false);
+        match self.owner.admit(&plan) {
+            Ok((set, ticket)) => {
+                let work = ticket.track(&set, Graceful::new(make, stop));
+                Ok(set.spawn(&ticket, work))
+            }
+            Err(reason) => Err(Refused { reason, future: make }),
+        }
+    }
+
+    /// Spawns it as a closure that may block: see [`TaskSet::spawn_blocking`].
+    ///
+    /// # Errors
+    ///
+    /// As [`TaskSet::spawn`].
+    ///
+    /// # Panics
+    ///
+    /// As [`TaskSet::spawn_blocking`].
+    #[track_caller]
+    pub fn spawn_blocking<F, T>(self, closure: F) -> Result<TaskHandle<T>, Refused<F>>
+    where
+        F: FnOnce(StopToken) -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        let (plan, stop) = self.plan_with_stop(Location::caller(), true);
+        match self.owner.admit(&plan) {
+            Ok((set, ticket)) => {
+                let work = ticket.track(&set, Blocking::new(closure, stop));
+                Ok(set.spawn_blocking(&ticket, work))
+            }
+            Err(reason) => Err(Refused { reason, future: closure }),
         }
     }
 
     fn choice(&mut self) -> &mut Choice {
         self.choice.get_or_insert_default()
+    }
+
+    fn plan(&self, site: &'static Location<'static>) -> Plan {
+        Plan { name: self.name, site, choice: self.choice.clone() }
+    }
+
+    fn plan_with_stop(&self, site: &'static Location<'static>, blocks: bool) -> (Plan, StopToken) {
+        let stop = Arc::<Stop>::default();
+        let choice = self.choice.clone().unwrap_or_default();
+        let choice = Choice { stop: Some(stop.clone()), blocks, ..choice };
+        (Plan { name: self.name, site, choice: Some(choice) }, StopToken::new(stop))
+    }
+}
+
+impl TaskOwner<'_> {
+    fn admit(self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
+        match self {
+            Self::Set(set) => match set.admit(plan) {
+                Ok(ticket) => Ok((set.clone(), ticket)),
+                Err(refusal) => admit_elsewhere(set, plan, &refusal),
+            },
+            Self::Registry(registry) => registry.admit(plan),
+        }
     }
 }
 
@@ -226,6 +374,10 @@ impl<'a> NewTask<'a> {
 struct Choice {
     policy: Policy,
     timeout: Option<Duration>,
+    /// What tells it to stop, if that is not just dropping it.
+    stop: Option<Arc<Stop>>,
+    /// It cannot be dropped once it runs.
+    blocks: bool,
 }
 
 /// What a set is asked to admit.
@@ -249,22 +401,33 @@ impl Plan {
     }
 
     pub(crate) fn policy(&self) -> Option<&Policy> {
-        self.choice.as_ref().map(|choice| &choice.policy).filter(|policy| !policy.is_empty())
+        self.choice.as_ref().map(|choice| &choice.policy).filter(|policy| policy.has_lifetime())
+    }
+
+    pub(crate) fn stop(&self) -> Option<&Arc<Stop>> {
+        self.choice.as_ref()?.stop.as_ref()
+    }
+
+    /// How long it may go on after it was told to end, by its own choice or else this one's; for
+    /// what blocks there is no such time.
+    pub(crate) fn grace(&self, general: &Policy) -> Option<Duration> {
+        let choice = self.choice.as_ref().filter(|choice| !choice.blocks)?;
+        choice.stop.as_ref().map(|_| general.grace(Some(&choice.policy)))
     }
 }
 
-#[track_caller]
-fn start<F>(set: &Arc<Set>, plan: &Plan, future: F) -> Result<TaskHandle<F::Output>, Refused<F>>
-where
-    F: Future + Send + 'static,
-    F::Output: Send + 'static,
-{
-    match set.admit(plan) {
-        Ok(ticket) => Ok(set.spawn(&ticket, future)),
-        Err(Refusal::Because(reason)) => Err(Refused { reason, future }),
-        Err(Refusal::Gone) => match set.successor(plan) {
-            Some(registry) => registry.start(plan, future),
-            None => Err(Refused { reason: SpawnError::Closed, future }),
+/// After a refusal: a set of the registry that is over has a successor.
+#[cold]
+fn admit_elsewhere(
+    set: &Arc<Set>,
+    plan: &Plan,
+    refusal: &Refusal,
+) -> Result<(Arc<Set>, Ticket), SpawnError> {
+    match refusal {
+        Refusal::Because(reason) => Err(*reason),
+        Refusal::Gone => match set.successor(plan) {
+            Some(registry) => registry.admit(plan),
+            None => Err(SpawnError::Closed),
         },
     }
 }

@@ -19,6 +19,7 @@ use crate::{
     ledger::{Kind, OTHER},
     lifetime::Policy,
     reaper::{Key, Runtime},
+    stop::Stop,
     sync::Notify,
     task::Order,
     task_set::Plan,
@@ -95,8 +96,17 @@ pub(super) struct Extra {
     pub(super) policy: Option<Policy>,
     /// That lifetime, once the response is over.
     pub(super) lifetime: Option<Lifetime>,
+    /// What it is to do at its next await.
     pub(super) order: Option<Order>,
     pub(super) timeout: Option<Key>,
+    /// It is told to stop by this, and always by itself.
+    pub(super) stop: Option<Arc<Stop>>,
+    /// What that has told it.
+    pub(super) told: Option<Order>,
+    /// How long it may then go on; a closure that blocks has no choice.
+    pub(super) grace: Option<Duration>,
+    /// When that is over.
+    pub(super) grace_key: Option<Key>,
     pub(super) home: Option<Box<Home>>,
     pub(super) trace_id: Option<TraceId>,
     /// For the observer.
@@ -108,6 +118,18 @@ pub(super) struct Extra {
 impl Extra {
     pub(super) const fn has_own_lifetime(&self) -> bool {
         self.policy.is_some() || self.lifetime.is_some()
+    }
+
+    /// Whether it is told what it is told by itself, and not with all others.
+    pub(super) const fn is_told_alone(&self) -> bool {
+        self.order.is_some() || self.stop.is_some() || self.has_own_lifetime()
+    }
+
+    /// It has no more time, if it was told to end.
+    pub(super) fn end_grace(&mut self) {
+        if let Some(told) = self.told {
+            self.order.get_or_insert(told.after_grace());
+        }
     }
 }
 
@@ -182,12 +204,18 @@ impl Inner {
         }
     }
 
-    /// What the task in this slot was told.
+    /// What the task in this slot is to do at its next await.
     pub(super) fn order(&self, slot: u32) -> Option<Order> {
         match self.extras.get(&slot) {
-            Some(extra) if extra.order.is_some() || extra.has_own_lifetime() => extra.order,
+            Some(extra) if extra.is_told_alone() => extra.order,
             _ => self.order,
         }
+    }
+
+    /// Whether the task in this slot was told to end, be it that it may still go on.
+    pub(super) fn is_told(&self, slot: u32) -> bool {
+        self.order(slot).is_some()
+            || self.extras.get(&slot).is_some_and(|extra| extra.told.is_some())
     }
 
     /// Takes no task any more, for the registry has another set. Whether it is over.

@@ -67,7 +67,7 @@ impl Set {
             };
             let chosen = own.and_then(|own| own.policy.as_ref()?.general()).unwrap_or(general);
             let state = match lifetime {
-                _ if inner.order(slot).is_some() => TaskState::Cancelling,
+                _ if inner.is_told(slot) => TaskState::Cancelling,
                 None => TaskState::Running,
                 Some(Lifetime { at_end: AtEnd::Keep, .. }) => TaskState::Kept,
                 Some(_) => TaskState::Draining,

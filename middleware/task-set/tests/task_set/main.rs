@@ -5,6 +5,7 @@
 // A handle, which is a future, is often just what an async block is for.
 #![allow(clippy::async_yields_async)]
 
+mod blocking;
 mod context;
 #[cfg(feature = "axum")]
 mod extract;
@@ -15,4 +16,5 @@ mod outcome;
 mod registry;
 mod runtime;
 mod set;
+mod stop;
 mod support;
