@@ -166,21 +166,26 @@ fn instructions_per_task(quick: bool, budgets: &mut Budgets) {
         "ours, `Keep`",
         "ours + limit",
         "ours in a context",
+        "ours + limit + trace-id",
         "ours + timeout",
     ];
     let columns = [("ready", 1000), ("waits", 1000), ("ready", 64), ("waits", 64)];
-    let (ways, columns) = if quick {
-        (&["tokio::spawn", "by hand + permit", "ours", "ours + limit"][..], &columns[..2])
-    } else {
-        (&ways[..], &columns[..])
-    };
+    let quick_ways =
+        ["tokio::spawn", "by hand + permit", "ours", "ours + limit", "ours + limit + trace-id"];
+    let (ways, columns) =
+        if quick { (&quick_ways[..], &columns[..2]) } else { (&ways[..], &columns[..]) };
     let per_request = instructions(&Costs::cells(ways, columns));
     let tasks = columns.iter().map(|column| column.1 as f64).cycle();
     let each = per_request.into_iter().zip(tasks).map(|(cost, tasks)| cost / tasks).collect();
     let costs = Costs { ways, columns, each };
     // 64 raw tasks happen to suit glibc's allocator: 32 or 100 of them cost what 1,000 do.
     costs.print("Instructions per task, by tasks a request (of tokio::spawn)");
-    for (way, most) in [("ours", [1.30, 1.40]), ("ours + limit", [1.40, 1.45])] {
+    let budgeted = [
+        ("ours", [1.30, 1.40]),
+        ("ours + limit", [1.40, 1.45]),
+        ("ours + limit + trace-id", [1.55, 1.60]),
+    ];
+    for (way, most) in budgeted {
         for (column, most) in most.into_iter().enumerate() {
             let (shape, tasks) = columns[column];
             let cost = costs.at(way, column);

@@ -30,7 +30,9 @@ use tokio_util::{
 };
 use tower::{Layer, Service, service_fn};
 use tower_scope_spawn::{layer::ScopeSpawnLayer, service::WithScope};
-use tower_tasks::{AtEnd, RequestContextLayer, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer};
+use tower_tasks::{
+    AtEnd, RequestContextLayer, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer, TraceIdLayer,
+};
 use tracing::Instrument;
 
 /// What a handler starts.
@@ -108,6 +110,9 @@ pub(crate) fn with_way(name: &str, job: impl Job) {
         }
         "ours + limit" => job.with(Ours::new(TaskRegistry::new().limit(bounds))),
         "ours in a context" => job.with(InContext(Ours::new(TaskRegistry::new()))),
+        "ours + limit + trace-id" => {
+            job.with(Traced(Ours::new(TaskRegistry::new().limit(bounds))));
+        }
         "ours + timeout" => {
             job.with(Ours { timeout: true, ..Ours::new(TaskRegistry::new()) });
         }
@@ -507,6 +512,23 @@ impl Way for InContext {
     ) -> impl Serve {
         let value = |request: &Request<()>| request.uri().path().len();
         RequestContextLayer::new(value).layer(self.0.service(tasks, task))
+    }
+
+    fn wait(&self, others: usize) -> impl Future<Output = ()> + Send {
+        self.0.wait(others)
+    }
+}
+
+/// With trace ids, which tasks then have too.
+struct Traced(Ours);
+
+impl Way for Traced {
+    fn service<T: Task>(
+        &self,
+        tasks: usize,
+        task: impl Fn() -> T + Copy + Send + 'static,
+    ) -> impl Serve {
+        TraceIdLayer::new().layer(self.0.service(tasks, task))
     }
 
     fn wait(&self, others: usize) -> impl Future<Output = ()> + Send {

@@ -29,7 +29,7 @@ loom::thread_local! {
 /// thread-local without a destructor needs no look at its state, and is there to the very end.
 struct Here {
     context: Cell<ManuallyDrop<RequestContext>>,
-    task: Cell<Option<Task>>,
+    task: Cell<Option<WhichTask>>,
 }
 
 impl Here {
@@ -77,9 +77,7 @@ impl RequestContext {
 
     /// The context of the request that is being served here, or an [empty](Self::is_empty) one.
     pub fn current() -> Self {
-        if HERE.with(|here| here.task.get()).is_some() {
-            Scope::make_own();
-        }
+        Scope::settle();
         HERE.with(|here| {
             let current = here.replace(Self::new());
             let clone = current.clone();
@@ -159,9 +157,25 @@ impl RequestContext {
         own.into_iter().rev().fold(base, |context, link| link.value.inherit(context, task))
     }
 
-    /// Whether `task`'s values are needed at once, because somebody wants its span.
-    pub fn wants_span(&self, task: &Task) -> bool {
-        self.links().take_while(|link| link.inherits).any(|link| link.value.wants_span(task))
+    /// Without the task that a scope was made for.
+    fn started_in(&self) -> &Self {
+        match &self.head {
+            Some(link) if link.value.key() == TypeId::of::<Started>() => &link.parent,
+            _ => self,
+        }
+    }
+
+    /// Whether a task's values are needed at once, because somebody wants its span.
+    #[inline]
+    pub fn wants_span(&self) -> bool {
+        let mut next = self;
+        while let Some(link) = next.head.as_deref().filter(|link| link.inherits) {
+            if link.value.wants_span() {
+                return true;
+            }
+            next = &link.parent;
+        }
+        false
     }
 
     /// The span of `task`, of whose own context this is; disabled if no value has one.
@@ -194,12 +208,11 @@ impl fmt::Debug for RequestContext {
 /// A trace context is one: the trace is the request's, the span id the task's.
 pub trait Inherit: Send + Sync + Sized + 'static {
     /// The value in `task`. Called when something in the task first asks for its context, or when
-    /// the task is started if it [wants a span](Self::wants_span).
+    /// the task is started, if it [wants a span](Self::wants_span).
     fn inherit(&self, task: &Task) -> Self;
 
-    /// Whether `task` should have a [span](Self::span): asked at each start, so it must be cheap.
-    fn wants_span(&self, task: &Task) -> bool {
-        let _ = task;
+    /// Whether tasks should have a [span](Self::span): asked at each start, so it must be cheap.
+    fn wants_span(&self) -> bool {
         false
     }
 
@@ -252,8 +265,14 @@ impl Task {
 pub struct Scope {
     context: RequestContext,
     /// Set: `context` is that of whoever started this task, and the task's own is still to be made.
-    task: Option<Task>,
+    task: Option<WhichTask>,
 }
+
+/// What knows which task it is, when its own values are to be made. It is told the scope's context.
+type WhichTask = fn(&RequestContext) -> Option<Task>;
+
+/// A task that is known when its scope is made. In the context, so that a scope is small.
+struct Started(Task);
 
 impl Scope {
     /// The scope of work done in `context`.
@@ -261,10 +280,34 @@ impl Scope {
         Self { context, task: None }
     }
 
-    /// The scope of a task started in `context`, which gets its own values when first asked for.
+    /// The scope of a task started in `context`, which gets its own values when something first asks
+    /// for them.
     pub fn of_task(context: RequestContext, task: Task) -> Self {
-        let task = context.inherits().then_some(task);
-        Self { context, task }
+        if !context.inherits() {
+            return Self::new(context);
+        }
+        let started = |context: &RequestContext| context.get().map(|Started(task)| *task);
+        Self::of_current_task(context.with(Started(task)), started)
+    }
+
+    /// The same where the task would have to be looked up for each poll: `task` does that when it
+    /// is needed, where the task runs. It is told `context`. While it knows no task, what runs
+    /// there has the values of whoever started it.
+    #[inline]
+    pub const fn of_current_task(
+        context: RequestContext,
+        task: fn(&RequestContext) -> Option<Task>,
+    ) -> Self {
+        Self { context, task: Some(task) }
+    }
+
+    /// Makes the own values of the task that is current, if they are yet to be made: for those who
+    /// make another task current inside of it.
+    #[inline]
+    pub fn settle() {
+        if HERE.with(|here| here.task.get()).is_some() {
+            Self::make_own();
+        }
     }
 
     /// Whether this is a task's, and the task's own values are yet to be made.
@@ -291,6 +334,7 @@ impl Scope {
     }
 
     /// Exchanges this scope with the current one. Whoever calls it calls it again.
+    #[inline]
     pub fn swap(&mut self) {
         HERE.with(|here| {
             self.context = here.replace(std::mem::take(&mut self.context));
@@ -298,9 +342,15 @@ impl Scope {
         });
     }
 
-    /// Whether nothing is current in it: it has no values.
-    pub fn is_empty(&self) -> bool {
-        self.context.is_empty()
+    /// Whether nothing is current: nobody's work runs here, or it has no values.
+    #[inline]
+    pub fn is_nowhere() -> bool {
+        HERE.with(|here| {
+            let current = here.replace(RequestContext::new());
+            let is_nowhere = current.is_empty();
+            here.replace(current);
+            is_nowhere
+        })
     }
 
     /// The current context, if there is one and it is not `context`. When it is, which is what
@@ -316,7 +366,8 @@ impl Scope {
         is_other.then(RequestContext::current)
     }
 
-    /// Makes the own values of the task that is current.
+    #[cold]
+    #[inline(never)]
     fn make_own() {
         // Taken out meanwhile, since a user's `Inherit` may ask for the current context; and put
         // back if it panics, since its caller may catch that and go on.
@@ -328,10 +379,14 @@ impl Scope {
         }
         let mut here = PutBack(Self::default());
         here.0.swap();
-        if let Some(task) = &here.0.task {
-            here.0.context = here.0.context.inherit(task);
-            here.0.task = None;
-        }
+        let own = if here.0.context.inherits() {
+            let task = here.0.task.and_then(|which| which(&here.0.context));
+            let Some(task) = task else { return };
+            here.0.context.started_in().inherit(&task)
+        } else {
+            here.0.context.clone()
+        };
+        here.0 = Self::new(own);
     }
 }
 
@@ -385,7 +440,7 @@ trait Value: Any + Send + Sync {
     fn inherit(&self, context: RequestContext, _: &Task) -> RequestContext {
         context
     }
-    fn wants_span(&self, _: &Task) -> bool {
+    fn wants_span(&self) -> bool {
         false
     }
     fn span(&self, _: &Task) -> Span {
@@ -432,8 +487,8 @@ impl<T: Inherit> Value for Inherited<T> {
         context.with_inherited(self.0.inherit(task))
     }
 
-    fn wants_span(&self, task: &Task) -> bool {
-        self.0.wants_span(task)
+    fn wants_span(&self) -> bool {
+        self.0.wants_span()
     }
 
     fn span(&self, task: &Task) -> Span {

@@ -977,8 +977,8 @@ impl Inherit for Lineage {
         }
     }
 
-    fn wants_span(&self, task: &Task) -> bool {
-        task.kept
+    fn wants_span(&self) -> bool {
+        self.depth > 0
     }
 
     fn span(&self, task: &Task) -> Span {
@@ -1087,7 +1087,7 @@ fn where_nothing_is_inherited_a_task_has_the_context_as_it_is() {
     assert!(!context.inherits());
     assert!(context.inherit(&a_task()).ptr_eq(&context));
     assert!(!RequestContext::new().inherits());
-    assert!(!context.wants_span(&a_task().kept(true)));
+    assert!(!context.wants_span());
 
     let mut scope = Scope::of_task(context.clone(), a_task());
     assert!(!scope.is_pending());
@@ -1113,13 +1113,14 @@ fn a_part_is_found_by_its_own_type() {
 }
 
 #[test]
-fn a_span_is_wanted_if_one_of_the_values_wants_it_for_that_task() {
+fn a_span_is_wanted_if_one_of_the_values_wants_it() {
     let (context, _) = lineage();
+    assert!(!context.wants_span());
+    let context = context.inherit(&a_task());
     for context in [context.clone(), context.with(User("ada")), context.with_inherited(Count(0))] {
-        assert!(!context.wants_span(&a_task()));
-        assert!(context.wants_span(&a_task().kept(true)));
+        assert!(context.wants_span());
     }
-    assert!(!context_of(7).with_inherited(Count(0)).wants_span(&a_task().kept(true)));
+    assert!(!context_of(7).with_inherited(Count(0)).wants_span());
 }
 
 #[test]
@@ -1152,7 +1153,7 @@ fn the_span_of_a_task_is_the_newest_one_that_is_enabled() {
 #[test]
 fn a_task_gets_its_own_values_when_it_first_asks_and_only_once() {
     let (context, made) = lineage();
-    let mut scope = Scope::of_task(context.clone(), a_task());
+    let mut scope = Scope::of_current_task(context.clone(), |_| Some(a_task()));
 
     scope.enter(|| assert!(Scope::other_than(&context).is_none()));
     scope.enter(|| RequestContext::new().sync_scope(|| assert_eq!(tenant(), None)));
@@ -1189,7 +1190,7 @@ impl Inherit for Asks {
 fn a_panic_while_a_value_is_inherited_leaves_the_task_in_its_context() {
     let attempts = Arc::<AtomicUsize>::default();
     let context = context_of(7).with_inherited(Asks(attempts.clone()));
-    let mut scope = Scope::of_task(context.clone(), a_task());
+    let mut scope = Scope::of_current_task(context.clone(), |_| Some(a_task()));
     scope.enter(|| {
         assert!(panics(|| drop(RequestContext::current())));
         assert!(Scope::other_than(&context).is_none());
@@ -1211,8 +1212,39 @@ fn two_swaps_of_a_scope_are_none() {
         assert_eq!(tenant(), Some(1));
     });
     assert_eq!(scope.enter(tenant), Some(7));
-    assert!(!scope.is_empty() && Scope::default().is_empty());
+    assert!(Scope::is_nowhere() && !scope.enter(Scope::is_nowhere));
     assert_eq!(Scope::default().enter(tenant), None);
+}
+
+#[test]
+fn a_task_may_be_known_or_looked_up_when_its_values_are_made() {
+    let (context, _) = lineage();
+    let known = Scope::of_task(context.clone(), a_task());
+    let looked_up = Scope::of_current_task(context.clone(), |_| Some(a_task()));
+    for mut scope in [known, looked_up] {
+        scope.enter(|| assert!(!Scope::is_nowhere()));
+        assert!(scope.is_pending());
+        let own = scope.enter(RequestContext::current);
+        assert!(!scope.is_pending());
+        assert_eq!(format!("{own:?}"), format!("{context:?}"));
+    }
+
+    let mut unknown = Scope::of_current_task(context.clone(), |_| None);
+    assert!(unknown.enter(RequestContext::current).ptr_eq(&context));
+    assert!(unknown.is_pending(), "it may be known when it is asked for again");
+    let mut inherits_nothing = Scope::of_current_task(context_of(7), |_| unreachable!());
+    assert_eq!(inherits_nothing.enter(tenant), Some(7));
+}
+
+#[test]
+fn a_scope_can_be_settled_before_anybody_asks() {
+    let (context, made) = lineage();
+    let mut scope = Scope::of_task(context, a_task());
+    scope.enter(|| {
+        Scope::settle();
+        Scope::settle();
+    });
+    assert!(!scope.is_pending() && made.load(Relaxed) == 1);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 use std::{cell::Cell, mem::ManuallyDrop, sync::Arc};
 
-use tower_request_context::RequestContext;
+use tower_request_context::{RequestContext, Scope};
 use tower_response_end::{End, Watch};
 
 use crate::{
@@ -86,10 +86,25 @@ pub(crate) fn is_current(set: &Arc<Set>) -> bool {
     HERE.with(|here| here.look(|here| here.as_ref().is_some_and(|here| Arc::ptr_eq(here, set))))
 }
 
+/// Whether no set is current.
+#[inline]
+pub(crate) fn is_nowhere() -> bool {
+    HERE.with(|here| here.look(|set| set.is_none()))
+}
+
 /// Which task of `set` runs here, if one does.
 pub(crate) fn slot_in(set: &Arc<Set>) -> Option<u32> {
     let slot = HERE.with(|here| here.slot.get());
     (slot != NO_SLOT && is_current(set)).then_some(slot)
+}
+
+/// The task that runs here, if one does.
+pub(crate) fn current_task() -> Option<(Arc<Set>, u32)> {
+    HERE.with(|here| {
+        let slot = here.slot.get();
+        let set = if slot == NO_SLOT { None } else { here.look(|set| set.clone()) };
+        set.map(|set| (set, slot))
+    })
 }
 
 /// What was current before a task's code ran.
@@ -137,6 +152,9 @@ pub struct ResponseScope {
 impl ResponseScope {
     #[inline]
     pub(crate) fn new(layer: &Arc<Config>) -> Self {
+        if HERE.with(|here| here.slot.get()) != NO_SLOT {
+            settle();
+        }
         let nested = is_owned_by(&layer.owner);
         if nested && !layer.layer.is_empty() {
             if let Some(set) = current() {
@@ -160,6 +178,13 @@ impl ResponseScope {
             self.slot = here.slot.replace(self.slot);
         });
     }
+}
+
+/// A task calls a service: while that is current, the task is not to be found.
+#[cold]
+#[inline(never)]
+fn settle() {
+    Scope::settle();
 }
 
 /// Whether the current set is, or would be, of this registry.

@@ -334,19 +334,19 @@ impl Member {
     /// Polls the task's future: in its set, context and span; a panic is caught and told.
     #[inline]
     fn poll<R>(&mut self, poll: impl FnOnce() -> R) -> Result<R, Panic> {
-        let mut home = None;
+        let mut away = None;
         if self.is_away() {
-            self.set().enter_home(self.slot, self.extra, &mut home);
+            self.set().enter_home(self.slot, self.extra, &mut away);
         }
         let outside = Outside::enter(self.set.take(), self.slot);
         // No guard that leaves: nothing unwinds past this.
         let result = catch_unwind(AssertUnwindSafe(poll)).map_err(|payload| self.tell(payload));
         self.set = outside.leave();
-        if home.is_some() {
-            self.extra |= self.set().leave_home(self.slot, &mut home);
+        if away.is_some() {
+            self.extra |= self.set().leave_home(self.slot, &mut away);
         }
         // It is `None` by now, which the compiler does not see.
-        std::mem::forget(home);
+        std::mem::forget(away);
         result
     }
 
@@ -430,7 +430,7 @@ impl Drop for Member {
             self.outcome.unwrap_or(Outcome::Aborted)
         };
         if in_scope {
-            set.leave_drop(self.slot);
+            set.leave_drop(self.slot, self.extra);
         }
         set.leave(self.slot, self.extra, outcome);
     }

@@ -273,7 +273,7 @@ impl Inherit for TraceContext {
     }
 
     // Whether somebody takes spans at all: the callsite's own filter decides in `span`.
-    fn wants_span(&self, _: &Task) -> bool {
+    fn wants_span(&self) -> bool {
         level_enabled!(Level::INFO)
     }
 

@@ -3,9 +3,9 @@ use tower_request_context::{RequestContext, Scope, Task, TraceId};
 use tracing::Span;
 
 use super::{Set, members::Inner};
-use crate::{AtEnd, lifetime::Policy, task_set::Plan};
+use crate::{AtEnd, lifetime::Policy, place, task_set::Plan};
 
-/// Where a task runs, besides in its set.
+/// Where a task runs, besides in its set, if that is not just the set's context.
 #[derive(Default)]
 pub(crate) struct Home {
     scope: Scope,
@@ -15,19 +15,32 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    fn enter(&mut self) {
-        self.scope.swap();
+    fn enter_span(&self) {
         if let Some(span) = &self.span {
             // A subscriber is the code of others.
             drop(catch(|| span.with_subscriber(|(id, subscriber)| subscriber.enter(id))));
         }
     }
 
-    fn leave(&mut self) {
+    fn leave_span(&self) {
         if let Some(span) = &self.span {
             drop(catch(|| span.with_subscriber(|(id, subscriber)| subscriber.exit(id))));
         }
+    }
+}
+
+/// What a task that runs has left: what was current before, and what belongs to its home.
+pub(crate) struct Away {
+    scope: Scope,
+    home: Option<Box<Home>>,
+}
+
+impl Away {
+    fn enter(&mut self) {
         self.scope.swap();
+        if let Some(home) = &self.home {
+            home.enter_span();
+        }
     }
 }
 
@@ -37,19 +50,25 @@ impl Set {
     #[inline]
     pub(super) fn new_home(&self, plan: &Plan) -> Option<Box<Home>> {
         let elsewhere = Scope::other_than(&self.context);
-        if elsewhere.is_none() && !self.context.inherits() {
+        if elsewhere.is_none() && !self.wants_spans() {
             return None;
         }
         self.new_home_in(elsewhere, plan)
     }
 
+    #[inline]
+    fn wants_spans(&self) -> bool {
+        // The code of whoever made the values.
+        self.context.inherits() && catch(|| self.context.wants_span()).unwrap_or(false)
+    }
+
     #[inline(never)]
     fn new_home_in(&self, elsewhere: Option<RequestContext>, plan: &Plan) -> Option<Box<Home>> {
         let context = elsewhere.as_ref().unwrap_or(&self.context);
-        let task = self.task(plan);
-        // The code of whoever made the values.
+        let kept = self.is_kept(&self.lock(), plan.policy());
+        let task = Task::new(plan.name, plan.site).kept(kept);
         let spanned = catch(|| {
-            context.wants_span(&task).then(|| {
+            context.wants_span().then(|| {
                 let own = context.inherit(&task);
                 let span = own.span(&task);
                 (Scope::new(own), Some(span).filter(|span| !span.is_disabled()))
@@ -64,10 +83,6 @@ impl Set {
         Some(Box::new(Home { scope, span, trace_id }))
     }
 
-    fn task(&self, plan: &Plan) -> Task {
-        Task::new(plan.name, plan.site).kept(self.is_kept(&self.lock(), plan.policy()))
-    }
-
     /// Whether a task with these choices is to outlive its request.
     fn is_kept(&self, inner: &Inner, own: Option<&Policy>) -> bool {
         let chosen = own.and_then(Policy::general).or_else(|| self.policy(inner).general());
@@ -79,76 +94,84 @@ impl Set {
         !self.context.is_empty()
     }
 
-    /// Where to run the task: its own place, or the context of the set.
-    fn home(&self, slot: u32, has_extra: bool) -> Home {
+    /// The task's code is about to run: in its own place, or in the context of the set. From there
+    /// it inherits when something asks, which nearly always nothing does.
+    #[inline(never)]
+    pub(crate) fn enter_home(&self, slot: u32, has_extra: bool, away: &mut Option<Away>) {
         if has_extra {
-            let mut inner = self.lock();
-            if let Some(home) = inner.extras.get_mut(&slot).and_then(|extra| extra.home.as_mut()) {
-                return std::mem::take(&mut **home);
+            let home = self.lock().extras.get_mut(&slot).and_then(|extra| extra.home.take());
+            if let Some(mut home) = home {
+                let scope = std::mem::take(&mut home.scope);
+                away.insert(Away { scope, home: Some(home) }).enter();
+                return;
             }
         }
-        let scope = if self.context.inherits() {
-            let (name, site) = self.name_and_site(slot);
-            let inner = self.lock();
-            let own = inner.extras.get(&slot).and_then(|extra| extra.policy.as_ref());
-            let kept = self.is_kept(&inner, own);
-            drop(inner);
-            Scope::of_task(self.context.clone(), Task::new(name, site).kept(kept))
-        } else {
-            Scope::new(self.context.clone())
-        };
-        Home { scope, ..Home::default() }
-    }
-
-    /// The task's code is about to run.
-    #[inline(never)]
-    pub(crate) fn enter_home(&self, slot: u32, has_extra: bool, home: &mut Option<Home>) {
-        home.insert(self.home(slot, has_extra)).enter();
+        let scope = Scope::of_current_task(self.context.clone(), current_task);
+        away.insert(Away { scope, home: None }).scope.swap();
     }
 
     /// The task's code has run. What is its own is kept for its next poll. Whether the set now
     /// knows more of it than its entry.
     #[inline(never)]
-    pub(crate) fn leave_home(&self, slot: u32, home: &mut Option<Home>) -> bool {
-        let Some(mut home) = home.take() else { return false };
-        home.leave();
-        let mut inner = self.lock();
-        if let Some(kept) = inner.extras.get_mut(&slot).and_then(|extra| extra.home.as_mut()) {
-            **kept = home;
-            return true;
+    pub(crate) fn leave_home(&self, slot: u32, away: &mut Option<Away>) -> bool {
+        let Some(mut away) = away.take() else { return false };
+        if let Some(home) = &away.home {
+            home.leave_span();
         }
-        let is_its_own = self.context.inherits() && !home.scope.is_pending();
-        if is_its_own {
-            inner.extras.entry(slot).or_default().home = Some(Box::new(home));
-        } else {
-            // Values may be the code of others.
-            drop(inner);
-            drop(home);
+        away.scope.swap();
+        let Away { scope, home } = away;
+        if home.is_none() && (scope.is_pending() || !self.context.inherits()) {
+            // Nobody asked. The set has this context too, so nothing of others is dropped.
+            return false;
         }
-        is_its_own
+        let mut home = home.unwrap_or_default();
+        home.scope = scope;
+        self.lock().extras.entry(slot).or_default().home = Some(home);
+        true
     }
 
-    /// The task's future is about to be dropped. Whether its context is now the current one.
+    /// The task's future is about to be dropped. Whether its context is now the current one: not if
+    /// another is, for there is no place to keep it.
     #[inline(never)]
     pub(crate) fn enter_drop(&self, slot: u32, has_extra: bool) -> bool {
-        let mut home = self.home(slot, has_extra);
-        home.enter();
-        let nothing_was_current = home.scope.is_empty();
-        if !nothing_was_current {
-            home.leave();
-        } else if home.span.is_some() {
-            self.lock().extras.entry(slot).or_default().span = home.span;
+        if !place::is_nowhere() || !Scope::is_nowhere() {
+            return false;
         }
-        nothing_was_current
+        let mut away = None;
+        self.enter_home(slot, has_extra, &mut away);
+        if let Some(Away { home: Some(home), .. }) = away {
+            self.lock().extras.entry(slot).or_default().home = Some(home);
+        }
+        true
     }
 
     /// It has been dropped, and was [entered](Self::enter_drop).
     #[inline(never)]
-    pub(crate) fn leave_drop(&self, slot: u32) {
-        let span = self.lock().extras.get_mut(&slot).and_then(|extra| extra.span.take());
-        let mut home = Home { span, ..Home::default() };
-        home.leave();
-        // Values are the code of others.
-        drop(catch(|| drop(home)));
+    pub(crate) fn leave_drop(&self, slot: u32, has_extra: bool) {
+        let mut home = None;
+        if has_extra {
+            home = self.lock().extras.get_mut(&slot).and_then(|extra| extra.home.take());
+        }
+        if let Some(home) = &home {
+            home.leave_span();
+        }
+        let mut scope = Scope::default();
+        scope.swap();
+        if home.is_some() || !scope.is_pending() {
+            // Values are the code of others.
+            drop(catch(|| drop((scope, home))));
+        }
     }
+}
+
+/// The task that runs here, if it was started in this context.
+fn current_task(context: &RequestContext) -> Option<Task> {
+    let (set, slot) = place::current_task()?;
+    if !set.context.ptr_eq(context) {
+        return None;
+    }
+    let (name, site) = set.name_and_site(slot);
+    let inner = set.lock();
+    let own = inner.extras.get(&slot).and_then(|extra| extra.policy.as_ref());
+    Some(Task::new(name, site).kept(set.is_kept(&inner, own)))
 }

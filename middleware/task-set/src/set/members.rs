@@ -11,7 +11,6 @@ use tokio::time::Instant;
 use tower_request_context::TraceId;
 use tower_response_end::End;
 use tower_spawn_limit::SpawnError;
-use tracing::Span;
 
 use super::Home;
 use crate::{
@@ -111,8 +110,6 @@ pub(super) struct Extra {
     pub(super) trace_id: Option<TraceId>,
     /// For the observer.
     pub(super) started: Option<Instant>,
-    /// Entered while the task is dropped.
-    pub(super) span: Option<Span>,
 }
 
 impl Extra {

@@ -228,7 +228,7 @@ impl Inherit for Lineage {
         own
     }
 
-    fn wants_span(&self, _: &Task) -> bool {
+    fn wants_span(&self) -> bool {
         self.check("wants_span");
         self.spans
     }
@@ -284,6 +284,29 @@ async fn a_tasks_own_value_is_made_when_it_is_first_asked_for_and_once() {
     assert_eq!(value.made(), 1);
     request.set.spawn("reads nothing", async {}).unwrap().await.unwrap();
     assert_eq!(value.made(), 1);
+}
+
+#[tokio::test]
+async fn a_service_that_a_task_calls_has_the_tasks_values() {
+    for asked_before in [false, true] {
+        let (tasks, others) = (TaskRegistry::new(), TaskRegistry::new());
+        let value = Lineage::default();
+        let request = serve_with(&value, &tasks);
+        let task = request.set.spawn("parent", async move {
+            if asked_before {
+                assert_eq!(names(), ["parent"]);
+            }
+            let mut called = serve(&TaskSetLayer::new(&others));
+            let child = called.set.spawn("child", async { names() }).unwrap();
+            let seen = called.in_poll(names);
+            called.end(End::Completed);
+            (seen, names(), child.await.unwrap())
+        });
+        let (seen, own, child) = task.unwrap().await.unwrap();
+        assert_eq!((&seen[..], &own[..]), (&["parent"][..], &["parent"][..]));
+        assert_eq!(child, ["parent", "child"]);
+        assert_eq!(value.made(), 2);
+    }
 }
 
 #[tokio::test]
@@ -511,7 +534,7 @@ impl Inherit for Asks {
         Self(Mutex::new(vec![set.len()]))
     }
 
-    fn wants_span(&self, _: &Task) -> bool {
+    fn wants_span(&self) -> bool {
         TaskSet::current().is_ok_and(|set| set.len() < 100)
     }
 
