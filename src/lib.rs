@@ -6,7 +6,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`task_set`] | the request's tasks and the process's registry of them |
-//! | [`spawn_limit`] | bounded spawning |
+//! | [`spawn_limit`] | bounded spawning, and bounded requests |
 //! | [`response_end`] | when a response is really over, and how |
 //! | [`request_context`] | values of the request, readable wherever its work runs |
 //! | [`catch_unwind`] | panics become outcomes |
@@ -17,8 +17,9 @@
 //! # Where each layer goes
 //!
 //! From the outside in: [`TraceIdLayer`], so that all below has the ids; [`CatchUnwindLayer`], so
-//! that a panic of whatever is below becomes an answer; [`RequestContextLayer`], so that tasks have
-//! its values; [`ResponseEndLayer`] and [`TaskSetLayer`], next to the handler. Layers that answer by
+//! that a panic of whatever is below becomes an answer; [`RequestLimitLayer`] and
+//! [`SpawnLimitLayer`], or these around one route; [`RequestContextLayer`], so that tasks have its
+//! values; [`ResponseEndLayer`] and [`TaskSetLayer`], next to the handler. Layers that answer by
 //! themselves, a timeout for instance, go outside of the task set if the tasks shall end as with a
 //! client that left, and inside if their answer is a response like any other. With axum put all
 //! of them into one `.layer((..))`: each further call of it costs four allocations a request.
@@ -58,7 +59,7 @@ pub use tower_request_context::{RequestContext, RequestContextLayer};
 #[cfg(feature = "response-end")]
 pub use tower_response_end::{End, ResponseEndLayer};
 #[cfg(feature = "spawn-limit")]
-pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
+pub use tower_spawn_limit::{Refused, RequestLimitLayer, SpawnError, SpawnLimit, SpawnLimitLayer};
 #[cfg(feature = "task-set")]
 pub use tower_task_set::{
     AtEnd, Outcome, TaskError, TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,

@@ -14,6 +14,7 @@ use std::{
     rc::Rc,
     sync::{Arc, Mutex},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -28,9 +29,9 @@ use tower::{
     util::{BoxCloneService, MapErr, MapRequestLayer},
 };
 use tower_tasks::{
-    AtEnd, CatchUnwindLayer, End, PropagateLayer, RequestContextLayer, ResponseEndLayer,
-    SpawnLimit, TaskRegistry, TaskSetLayer, TraceIdLayer, response_end::RequestBody,
-    trace_id::Trust,
+    AtEnd, CatchUnwindLayer, End, PropagateLayer, RequestContextLayer, RequestLimitLayer,
+    ResponseEndLayer, SpawnLimit, SpawnLimitLayer, TaskRegistry, TaskSetLayer, TraceIdLayer,
+    response_end::RequestBody, trace_id::Trust,
 };
 use tower_test::mock::{self, Mock};
 
@@ -69,6 +70,13 @@ fn rows() -> Vec<Row> {
         ),
         row("propagate", PropagateLayer::new()),
         row("propagate to nobody", PropagateLayer::new().only(|_: &Uri| false).b3()),
+        row("spawn-limit", SpawnLimitLayer::new(SpawnLimit::new(1).per_request(1))),
+        row("spawn-limit of nothing", SpawnLimitLayer::new(SpawnLimit::new(0).per_request(0))),
+        row("request-limit", RequestLimitLayer::new(1)),
+        row(
+            "request-limit with a wait",
+            RequestLimitLayer::new(1).wait(Duration::from_secs(1)).queue(1),
+        ),
         row("task-set", TaskSetLayer::new(&tasks)),
         row(
             "task-set without tasks",
@@ -99,6 +107,8 @@ fn plain_rows() -> Vec<PlainRow> {
         plain_row("catch-unwind", CatchUnwindLayer::new().plain()),
         plain_row("response-end", ResponseEndLayer::new(|_: &u32| |_: End| ()).plain()),
         plain_row("trace-id", TraceIdLayer::new().plain()),
+        plain_row("spawn-limit", SpawnLimitLayer::new(SpawnLimit::new(0)).plain()),
+        plain_row("request-limit", RequestLimitLayer::new(1).plain()),
         plain_row("task-set", TaskSetLayer::new(&tasks).plain()),
     ]
 }

@@ -114,6 +114,18 @@ impl fmt::Debug for Holds {
     }
 }
 
+/// What a [`Hook`] calls. Closures `FnOnce(End)` are this.
+pub trait OnEnd: Send + 'static {
+    /// The response is over.
+    fn on_end(self, end: End);
+}
+
+impl<F: FnOnce(End) + Send + 'static> OnEnd for F {
+    fn on_end(self, end: End) {
+        self(end);
+    }
+}
+
 /// A [`Watch`] that calls a hook with the end, when nobody [holds](hold) the response any more.
 pub struct Hook<H> {
     // Never locked: a hook need not be `Sync`, and a body with it must be if the inner one is.
@@ -134,7 +146,7 @@ impl<H> fmt::Debug for Hook<H> {
     }
 }
 
-impl<H: FnOnce(End) + Send + 'static> Watch for Hook<H> {
+impl<H: OnEnd> Watch for Hook<H> {
     fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
         struct Leave<'a>(&'a mut Option<Arc<Holds>>, Scope);
         impl Drop for Leave<'_> {
@@ -156,7 +168,7 @@ impl<H: FnOnce(End) + Send + 'static> Watch for Hook<H> {
         let hook = self.hook.get_mut().unwrap_or_else(PoisonError::into_inner);
         let Some(hook) = hook.take() else { return };
         // Of a panic the process's panic hook has told; there is no one else to tell.
-        let call = move || drop(catch(|| hook(end)));
+        let call = move || drop(catch(|| hook.on_end(end)));
         match &self.holds {
             None => call(),
             Some(holds) => {

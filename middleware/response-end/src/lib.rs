@@ -147,7 +147,7 @@ use tower_service::Service;
 
 use request_body::Upload;
 
-pub use hold::{Hold, Hook, hold};
+pub use hold::{Hold, Hook, OnEnd, hold};
 pub use request_body::RequestBody;
 pub use signal::{Signal, Waiter};
 pub use stop::{BodyError, CallError, Stop, StoppableBody, StoppableFuture, Stopped};

@@ -35,14 +35,26 @@ fn a_full_limit_refuses_until_a_permit_comes_back() {
 }
 
 #[test]
-fn the_largest_limit_is_taken_as_it_is() {
-    let limit = SpawnLimit::new(usize::MAX).per_request(usize::MAX);
-    assert_eq!(limit.limit(), usize::MAX);
-    assert_eq!(limit.limit_per_request(), usize::MAX);
-    let permits: Vec<_> = (0..1000).map(|_| limit.try_acquire().unwrap()).collect();
-    assert_eq!(limit.in_use(), 1000);
-    drop(permits);
-    assert_eq!(limit.in_use(), 0);
+fn a_limit_above_the_largest_is_the_largest() {
+    for (asked, limit) in [
+        (SpawnLimit::MAX - 1, SpawnLimit::MAX - 1),
+        (SpawnLimit::MAX, SpawnLimit::MAX),
+        (SpawnLimit::MAX + 1, SpawnLimit::MAX),
+        (u32::MAX as usize, SpawnLimit::MAX),
+        (u32::MAX as usize + 1, SpawnLimit::MAX),
+        (usize::MAX, SpawnLimit::MAX),
+    ] {
+        assert_eq!(SpawnLimit::new(asked).limit(), limit);
+        let changed = SpawnLimit::new(0);
+        changed.set_limit(asked);
+        assert_eq!(changed.limit(), limit);
+        let permits: Vec<_> = (0..1000).map(|_| changed.try_acquire().unwrap()).collect();
+        assert_eq!((changed.in_use(), changed.limit()), (1000, limit));
+        drop(permits);
+        assert_eq!(changed.in_use(), 0);
+    }
+    let bounds = SpawnLimit::new(usize::MAX).per_request(usize::MAX).queue(usize::MAX);
+    assert_eq!(bounds.limit_per_request(), usize::MAX);
 }
 
 #[test]
@@ -168,16 +180,22 @@ fn neither_a_permit_nor_a_refusal_costs_an_allocation() {
 fn the_limit_tells_its_figures() {
     let limit = SpawnLimit::new(5).per_request(2);
     let permit = limit.try_acquire().unwrap();
-    let figures = "SpawnLimit { limit: 5, in_use: 1, per_request: 2 }";
-    assert_eq!(format!("{limit:?}"), figures);
-    assert_eq!(format!("{permit:?}"), format!("Permit {{ limit: {figures} }}"));
+    assert_eq!(
+        format!("{limit:?}"),
+        "SpawnLimit { limit: 5, in_use: 1, waiting: 0, refused: 0, per_request: 2, queue: \
+         18446744073709551615 }"
+    );
+    assert_eq!(format!("{permit:?}"), "Permit { .. }");
+    limit.set_limit(1);
+    assert!(limit.try_acquire().is_err());
+    assert_eq!((limit.refused(), limit.clone().refused()), (1, 1));
 }
 
 #[test]
 fn limits_and_permits_go_from_thread_to_thread() {
     fn sent<T: Send + Sync>() {}
     sent::<SpawnLimit>();
-    sent::<Permit<'_>>();
+    sent::<Permit>();
     sent::<SpawnError>();
 }
 

@@ -262,7 +262,10 @@ impl Set {
             if !self.own && inner.live as usize >= limit.limit_per_request() {
                 return Err(SpawnError::Full);
             }
-            limit.try_acquire()?.forget();
+            if !limit.try_take() {
+                limit.refuse();
+                return Err(SpawnError::Full);
+            }
         }
         Ok(lifetime)
     }
