@@ -378,6 +378,8 @@ fn request(what: &str) -> Request<String> {
     Request::get(what).header("accept-encoding", "gzip").body(String::new()).unwrap()
 }
 
+type Work = fn() -> BoxFuture<'static, ()>;
+
 async fn handle(
     site: Site,
     request: Request<String>,
@@ -386,7 +388,7 @@ async fn handle(
     let set = TaskSet::current().ok().or(carried);
     let outer = TraceContext::current().map(|context| context.trace_id());
     let value = RequestContext::current().get::<&str>().copied();
-    let tasks: [(_, fn() -> BoxFuture<'static, ()>); 4] = [
+    let tasks: [(_, Work); 4] = [
         ("completes", || sleep(Duration::from_millis(5)).boxed()),
         ("waits", || std::future::pending().boxed()),
         ("panics", || async { panic!("composition: a task") }.boxed()),

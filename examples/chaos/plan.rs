@@ -1,0 +1,308 @@
+//! What one request is meant to do: the dice decide before it is sent, and both sides read it.
+
+use std::{
+    sync::{
+        OnceLock,
+        atomic::{AtomicU8, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use tower_tasks::{AtEnd, End};
+
+/// `SplitMix64`: enough for dice, and the whole run is in one seed.
+pub(crate) struct Dice(pub(crate) u64);
+
+impl Dice {
+    pub(crate) const fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) const fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    pub(crate) const fn percent(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    pub(crate) const fn millis(&mut self, below: u64) -> Duration {
+        Duration::from_millis(self.below(below))
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    Http1,
+    Http2,
+    Grpc,
+}
+
+/// What the handler and the body do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// With a body of known length.
+    Whole(Duration),
+    /// With a frame every so often.
+    Streams(u32, Duration),
+    Fails,
+    Panics,
+    BodyFails,
+    BodyPanics,
+    /// A timeout answers.
+    Never,
+    /// The first attempt fails, and the retry of an outer layer streams.
+    Retried,
+    /// HTTP/1 alone: another protocol on the same socket.
+    Upgrades,
+}
+
+/// What the client does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Conduct {
+    Reads,
+    ReadsSlowly,
+    /// It leaves when so much time has passed, whatever has come.
+    LeavesBeforeHead(Duration),
+    LeavesInBody,
+    /// It announces a body and sends half of it: to HTTP/1 its leaving is hidden.
+    LeavesInUpload,
+}
+
+impl Conduct {
+    pub(crate) const fn leaves(self) -> bool {
+        matches!(self, Self::LeavesBeforeHead(_) | Self::LeavesInBody)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct TaskPlan {
+    pub(crate) kind: Kind,
+    pub(crate) at_end: Option<AtEnd>,
+    pub(crate) on: Option<(End, AtEnd)>,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) handle: HandlePlan,
+    /// Of the process, and not of the request.
+    pub(crate) of_registry: bool,
+    pub(crate) children: Vec<TaskPlan>,
+    /// Whether it waits until its client leaves, and is then cancelled at once.
+    pub(crate) is_measured: bool,
+}
+
+/// What a task does; its name tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Ready,
+    Yields,
+    Sleeps,
+    Waits,
+    Blocks,
+    Panics,
+    PanicsInDrop,
+    Nests,
+    Graceful,
+    IgnoresStop,
+    Closure,
+    ClosurePanics,
+    Upgraded,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Self; 13] = [
+        Self::Ready,
+        Self::Yields,
+        Self::Sleeps,
+        Self::Waits,
+        Self::Blocks,
+        Self::Panics,
+        Self::PanicsInDrop,
+        Self::Nests,
+        Self::Graceful,
+        Self::IgnoresStop,
+        Self::Closure,
+        Self::ClosurePanics,
+        Self::Upgraded,
+    ];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Yields => "yields",
+            Self::Sleeps => "sleeps",
+            Self::Waits => "waits",
+            Self::Blocks => "blocks",
+            Self::Panics => "panics",
+            Self::PanicsInDrop => "panics_in_drop",
+            Self::Nests => "nests",
+            Self::Graceful => "graceful",
+            Self::IgnoresStop => "ignores_stop",
+            Self::Closure => "closure",
+            Self::ClosurePanics => "closure_panics",
+            Self::Upgraded => "upgraded",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HandlePlan {
+    /// Its result is compared with the ledger.
+    Keep,
+    Drop,
+    Cancel,
+    Abort,
+}
+
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) id: u64,
+    pub(crate) protocol: Protocol,
+    pub(crate) answer: Answer,
+    pub(crate) conduct: Conduct,
+    pub(crate) tasks: Vec<TaskPlan>,
+    /// When the client left.
+    pub(crate) left: OnceLock<Instant>,
+    pub(crate) attempts: AtomicU8,
+    /// The last end that a response to it had, by number.
+    pub(crate) end: AtomicU8,
+}
+
+impl Plan {
+    pub(crate) fn new(id: u64, seed: u64) -> Self {
+        let mut dice = Dice(seed ^ id.wrapping_mul(0xD6E8_FEB8_6659_FD93));
+        let protocol = match dice.below(4) {
+            0 => Protocol::Http2,
+            1 => Protocol::Grpc,
+            _ => Protocol::Http1,
+        };
+        let answer = match dice.below(200) {
+            0..10 => Answer::Panics,
+            10..20 => Answer::BodyPanics,
+            20..26 => Answer::Fails,
+            26..32 => Answer::BodyFails,
+            32..34 if protocol != Protocol::Grpc => Answer::Never,
+            34..38 if protocol != Protocol::Grpc => Answer::Retried,
+            38..44 if protocol == Protocol::Http1 => Answer::Upgrades,
+            44..90 => Answer::Streams(u32::try_from(dice.below(6)).unwrap_or(0), dice.millis(4)),
+            90..120 => Answer::Whole(dice.millis(6)),
+            _ => Answer::Whole(Duration::ZERO),
+        };
+        let conduct = match dice.below(200) {
+            0..10 => Conduct::LeavesBeforeHead(dice.millis(5)),
+            10..20 => Conduct::LeavesInBody,
+            20..22 => Conduct::LeavesInUpload,
+            22..26 => Conduct::ReadsSlowly,
+            _ => Conduct::Reads,
+        };
+        let tasks = (0..dice.below(5)).map(|_| TaskPlan::new(&mut dice, 0)).collect();
+        Self {
+            id,
+            protocol,
+            answer,
+            conduct,
+            tasks,
+            left: OnceLock::new(),
+            attempts: AtomicU8::new(0),
+            end: AtomicU8::new(0),
+        }
+    }
+
+    pub(crate) fn request_id(&self) -> String {
+        format!("chaos-{}", self.id)
+    }
+
+    pub(crate) fn trace_id(&self) -> String {
+        format!("c4a05{:027x}", self.id + 1)
+    }
+
+    pub(crate) fn left_now(&self) {
+        // Only the first counts.
+        let _ = self.left.set(Instant::now());
+    }
+
+    pub(crate) fn ended(&self, end: End) {
+        self.end.store(number(end), Relaxed);
+    }
+
+    pub(crate) fn has_ended(&self, end: End) -> bool {
+        self.end.load(Relaxed) == number(end)
+    }
+}
+
+const fn number(end: End) -> u8 {
+    match end {
+        End::Completed => 1,
+        End::Failed => 2,
+        End::Panicked => 3,
+        End::Disconnected => 4,
+        _ => 5,
+    }
+}
+
+impl TaskPlan {
+    fn new(dice: &mut Dice, depth: u32) -> Self {
+        let kind = match dice.below(100) {
+            0..2 => Kind::Panics,
+            2..4 => Kind::PanicsInDrop,
+            4..6 => Kind::Blocks,
+            6..14 if depth < 3 => Kind::Nests,
+            14..30 => Kind::Waits,
+            30..35 => Kind::Graceful,
+            35..38 => Kind::IgnoresStop,
+            38..40 => Kind::Closure,
+            40..41 => Kind::ClosurePanics,
+            41..60 => Kind::Sleeps,
+            60..80 => Kind::Yields,
+            _ => Kind::Ready,
+        };
+        let of_registry = dice.percent(4);
+        // What waits for ever must be told to end by the end of its response.
+        let forever = matches!(kind, Kind::Waits | Kind::Graceful | Kind::IgnoresStop);
+        let at_end = match dice.below(8) {
+            _ if forever && dice.percent(80) => Some(AtEnd::Cancel),
+            0 if !forever => Some(AtEnd::Keep),
+            1 => Some(AtEnd::Drain(Duration::ZERO)),
+            2 => Some(AtEnd::Drain(dice.millis(20))),
+            3 => Some(AtEnd::Cancel),
+            _ => None,
+        };
+        let on = (dice.percent(5) && !forever).then_some((End::Disconnected, AtEnd::Keep));
+        // A kept parent's child is kept, if nothing else is chosen.
+        let needs_timeout = forever && (of_registry || depth > 0);
+        let timeout = (dice.percent(5) || needs_timeout).then(|| dice.millis(10));
+        let handle = match dice.below(10) {
+            0..2 => HandlePlan::Drop,
+            2 => HandlePlan::Cancel,
+            3 => HandlePlan::Abort,
+            _ => HandlePlan::Keep,
+        };
+        let children = match kind {
+            Kind::Nests => (0..dice.below(4)).map(|_| Self::new(dice, depth + 1)).collect(),
+            _ => Vec::new(),
+        };
+        let is_measured = kind == Kind::Waits
+            && depth == 0
+            && at_end == Some(AtEnd::Cancel)
+            && timeout.is_none()
+            && !of_registry
+            && matches!(handle, HandlePlan::Keep | HandlePlan::Drop);
+        Self { kind, at_end, on, timeout, handle, of_registry, children, is_measured }
+    }
+
+    /// The task that serves an upgraded connection.
+    pub(crate) const fn upgraded() -> Self {
+        Self {
+            kind: Kind::Upgraded,
+            at_end: None,
+            on: None,
+            timeout: None,
+            handle: HandlePlan::Keep,
+            of_registry: false,
+            children: Vec::new(),
+            is_measured: false,
+        }
+    }
+}
