@@ -12,7 +12,7 @@ use std::{
 use pin_project_lite::pin_project;
 use tower_request_context::{RequestContext, RequestId, TraceId};
 
-use crate::hook::{self, Site};
+use crate::hook::{self, Record, Site};
 
 pin_project! {
     /// A future that yields [`Panic`] if `F` panics, in a poll or in its drop.
@@ -84,10 +84,10 @@ pub(crate) fn catch_with<R, T>(
     f: impl FnOnce() -> R,
     on_panic: impl FnOnce(Box<dyn Any + Send>) -> T,
 ) -> Result<R, T> {
-    let outer = hook::enter();
+    hook::enter();
     // No guard that leaves: nothing unwinds past this.
     let result = catch_unwind(AssertUnwindSafe(f)).map_err(on_panic);
-    hook::leave(outer);
+    hook::leave();
     result
 }
 
@@ -129,6 +129,19 @@ impl Panic {
         let record = hook::take(&message, payload);
         let (location, backtrace) =
             record.map(|record| (record.site, record.backtrace)).unwrap_or_default();
+        Self::here_and_now(message, location, backtrace)
+    }
+
+    /// Of a panic that is not caught yet.
+    pub(crate) fn of_record(record: Record) -> Self {
+        Self::here_and_now(record.message, record.site, record.backtrace)
+    }
+
+    fn here_and_now(
+        message: Box<str>,
+        location: Option<Site>,
+        backtrace: Option<Arc<Backtrace>>,
+    ) -> Self {
         let (trace_id, request_id) = current_ids();
         Self(Arc::new(Caught {
             message,

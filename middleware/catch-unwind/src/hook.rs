@@ -42,8 +42,8 @@ pub fn install_hook() {
 pub fn record(info: &PanicHookInfo<'_>) -> bool {
     // A panic in here would abort the process. So: no lock, no user code, and no thread-local that
     // may be gone.
-    let catches = HERE.try_with(|here| here.catchers.get() != 0).unwrap_or(false);
-    if !catches {
+    let depth = STATE.try_with(|state| state.get() / CATCHER).unwrap_or(0);
+    if depth == 0 {
         return false;
     }
     let backtrace = Backtrace::capture();
@@ -52,9 +52,39 @@ pub fn record(info: &PanicHookInfo<'_>) -> bool {
         payload: info.payload().type_id(),
         site: info.location().map(Site::new),
         backtrace: (backtrace.status() == BacktraceStatus::Captured).then(|| Arc::new(backtrace)),
+        depth,
     };
-    replace(Some(Box::new(record)));
+    let mut records = replace(Vec::new());
+    if records.len() == RECORDS_MAX {
+        records.remove(0);
+    }
+    records.push(record);
+    replace(records);
     true
+}
+
+/// What cannot be called in a [`catch`](crate::catch()), since it is a destructor that the compiler
+/// calls: `tower-task-set`'s, for those of a task. Between `enter` and `leave`, which must come on
+/// the same thread, what panics is recorded as in a catcher.
+#[doc(hidden)]
+pub mod destructor {
+    use crate::Panic;
+
+    #[inline]
+    pub fn enter() {
+        super::enter();
+    }
+
+    #[inline]
+    pub fn leave() {
+        super::leave();
+    }
+
+    /// What unwinds now, if it was recorded.
+    #[cold]
+    pub fn panic() -> Option<Panic> {
+        super::take_last().map(Panic::of_record)
+    }
 }
 
 /// A place in the source code, written as `file:line:column`.
@@ -101,75 +131,89 @@ impl fmt::Debug for Site {
 /// What the hook has seen of a panic.
 pub(crate) struct Record {
     /// Short and escaped, as in the `Panic`.
-    message: Box<str>,
+    pub(crate) message: Box<str>,
     payload: TypeId,
     pub(crate) site: Option<Site>,
     pub(crate) backtrace: Option<Arc<Backtrace>>,
+    /// How many catchers were on the stack. What was recorded further out is not of the last one.
+    depth: u32,
 }
 
-/// The last panic of this thread in a catcher, if it was this one.
+/// The panic of the innermost catcher with this payload.
 ///
-/// There may be another one: `resume_unwind` does not call the hook, and an earlier panic may have
-/// been caught by others.
-pub(crate) fn take(message: &str, payload: &(dyn Any + Send)) -> Option<Box<Record>> {
-    let record = replace(None)?;
-    if *record.message == *message && record.payload == payload.type_id() {
-        return Some(record);
-    }
-    replace(Some(record));
-    None
+/// The last one that was recorded may be another: `resume_unwind` does not call the hook, and a
+/// panic may have been caught by others.
+pub(crate) fn take(message: &str, payload: &(dyn Any + Send)) -> Option<Record> {
+    let payload = payload.type_id();
+    take_if(|record| record.payload == payload && *record.message == *message)
 }
 
-/// A catcher begins. What it returns goes to [`leave`].
+/// The last panic in the innermost catcher.
+pub(crate) fn take_last() -> Option<Record> {
+    take_if(|_| true)
+}
+
+fn take_if(is_it: impl Fn(&Record) -> bool) -> Option<Record> {
+    let depth = STATE.try_with(|state| state.get() / CATCHER).ok()?;
+    let mut records = replace(Vec::new());
+    let at = records.iter().rposition(|record| record.depth >= depth && is_it(record));
+    // What came after it, in its destructors, was caught by others.
+    let record = at.and_then(|at| records.drain(at..).next());
+    replace(records);
+    record
+}
+
+/// A catcher begins: each has its [`leave`].
 #[inline]
-pub(crate) fn enter() -> Option<Box<Record>> {
-    let _ = HERE.try_with(|here| here.catchers.set(here.catchers.get() + 1));
-    // In a destructor: what is recorded is the panic that runs it, which is not this catcher's.
-    if thread::panicking() { replace(None) } else { None }
+pub(crate) fn enter() {
+    let _ = STATE.try_with(|state| state.set(state.get() + CATCHER));
 }
 
 /// The catcher has caught what there was.
 #[inline]
-pub(crate) fn leave(outer: Option<Box<Record>>) {
-    let recorded = HERE.try_with(|here| {
-        here.catchers.set(here.catchers.get() - 1);
-        here.recorded.get()
+pub(crate) fn leave() {
+    let state = STATE.try_with(|state| {
+        state.set(state.get() - CATCHER);
+        state.get()
     });
-    if recorded != Ok(false) || outer.is_some() {
-        clear(outer);
+    if state == Ok(RECORDED) {
+        clear();
     }
 }
 
 /// A record that nobody took is of a panic that others have caught.
 #[cold]
-fn clear(outer: Option<Box<Record>>) {
-    let is_last = HERE.try_with(|here| here.catchers.get() == 0);
-    if outer.is_some() || is_last == Ok(true) {
-        replace(outer);
-    }
+#[inline(never)]
+fn clear() {
+    replace(Vec::new());
 }
 
 thread_local! {
-    static HERE: Here = const {
-        Here { catchers: Cell::new(0), recorded: Cell::new(false), record: Cell::new(None) }
-    };
+    /// How many catchers are on this thread's stack, and whether there is a record: one number, so
+    /// that a catcher has one to look at.
+    static STATE: Cell<u32> = const { Cell::new(0) };
+    /// The records, in the order of their panics, for while one unwinds its destructors may catch
+    /// others.
+    ///
+    /// Without a destructor, so that it is there to the very end of the thread: the last catcher to
+    /// leave clears it.
+    static RECORDS: Cell<ManuallyDrop<Vec<Record>>> = const { Cell::new(ManuallyDrop::new(Vec::new())) };
 }
 
-/// Without a destructor, so that it needs no look at its state, and is there to the very end of
-/// the thread. The last catcher to leave clears the record.
-struct Here {
-    /// How many catchers are on this thread's stack.
-    catchers: Cell<u32>,
-    /// Whether there is a record.
-    recorded: Cell<bool>,
-    record: Cell<Option<ManuallyDrop<Box<Record>>>>,
-}
+const RECORDED: u32 = 1;
+const CATCHER: u32 = 2;
+
+/// A panic in a destructor, in the destructor of which, and so on: more than that are not nested.
+const RECORDS_MAX: usize = 8;
 
 #[cold]
-fn replace(record: Option<Box<Record>>) -> Option<Box<Record>> {
-    let replaced = HERE.try_with(|here| {
-        here.recorded.set(record.is_some());
-        here.record.replace(record.map(ManuallyDrop::new))
+fn replace(records: Vec<Record>) -> Vec<Record> {
+    let replaced = RECORDS.try_with(|here| {
+        let _ = STATE.try_with(|state| {
+            let recorded = if records.is_empty() { 0 } else { RECORDED };
+            state.set(state.get() & !RECORDED | recorded);
+        });
+        here.replace(ManuallyDrop::new(records))
     });
-    replaced.ok().flatten().map(ManuallyDrop::into_inner)
+    replaced.map(ManuallyDrop::into_inner).unwrap_or_default()
 }

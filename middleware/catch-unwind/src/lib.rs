@@ -102,12 +102,16 @@ use tower_service::Service;
 
 use answer::Seen;
 use catch::catch_with;
-use log::Log;
 
 pub use body::{BodyError, ResponseBody};
 pub use catch::{CatchUnwind, Panic, catch};
 pub use hook::{Site, install_hook, record};
 pub use tower_request_context::{Http, Plain};
+#[doc(hidden)]
+pub use {
+    hook::destructor,
+    log::{Log, call},
+};
 
 /// Makes outcomes of the panics of everything inside.
 ///

@@ -9,13 +9,16 @@ use tracing::field;
 use crate::{Panic, answer::Seen, catch};
 
 /// Tells of each panic, but of no more than so many in a second.
+///
+/// `tower-task-set` tells of the panics of tasks in events of its own.
+#[doc(hidden)]
 #[derive(Debug)]
-pub(crate) struct Log {
+pub struct Log {
     per_second: u32,
     window: Mutex<Window>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Window {
     since: Option<Instant>,
     told: u32,
@@ -24,16 +27,41 @@ struct Window {
 }
 
 impl Log {
-    pub(crate) fn new(per_second: u32) -> Self {
-        Self { per_second, window: Mutex::default() }
+    pub const fn new(per_second: u32) -> Self {
+        let window = Window { since: None, told: 0, suppressed: 0 };
+        Self { per_second, window: Mutex::new(window) }
+    }
+
+    /// Calls a callback of the user's. A panic in it is told and goes no further.
+    #[inline]
+    pub fn call<R>(&self, callback: &'static str, f: impl FnOnce() -> R) -> Option<R> {
+        catch(f).map_err(|panic| self.tell_callback(panic, callback)).ok()
+    }
+
+    /// With the ids of the current request, if it has none.
+    #[cold]
+    pub fn tell_callback(&self, panic: Panic, callback: &'static str) {
+        let Some(suppressed) = self.admit() else { return };
+        let panic = panic.here();
+        // The subscriber is the code of others.
+        drop(catch(|| {
+            tracing::error!(
+                panic = panic.message(),
+                location = panic.location().map(field::display),
+                callback,
+                thread = panic.thread(),
+                trace_id = panic.trace_id().map(field::display),
+                request_id = panic.request_id().map(field::display),
+                suppressed,
+                "callback panicked"
+            );
+        }));
     }
 
     /// Tells of a panic `during` this. Never panics.
     #[cold]
     pub(crate) fn tell(&self, panic: &Panic, during: &'static str, seen: Option<&Seen>) {
-        let Some(suppressed) = self.admit(Instant::now()) else {
-            return;
-        };
+        let Some(suppressed) = self.admit() else { return };
         let path = seen.and_then(Seen::path);
         // The subscriber is the code of others.
         drop(catch(|| {
@@ -46,7 +74,7 @@ impl Log {
                 request_id = panic.request_id().map(field::display),
                 method = seen.and_then(Seen::method),
                 path = path.as_deref(),
-                suppressed = (suppressed != 0).then_some(suppressed),
+                suppressed,
                 "request panicked"
             );
         }));
@@ -61,8 +89,14 @@ impl Log {
         }
     }
 
-    /// Whether there may be an event, and then how many panics nobody was told of before.
-    fn admit(&self, now: Instant) -> Option<u64> {
+    /// Whether there may be an event, and then how many panics nobody was told of before, if there
+    /// were any.
+    pub fn admit(&self) -> Option<Option<u64>> {
+        let suppressed = self.admit_at(Instant::now())?;
+        Some((suppressed != 0).then_some(suppressed))
+    }
+
+    fn admit_at(&self, now: Instant) -> Option<u64> {
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
         let age = window.since.map(|since| now.saturating_duration_since(since));
         if age.is_none_or(|age| age >= Duration::from_secs(1)) {
@@ -79,6 +113,15 @@ impl Log {
     }
 }
 
+/// Calls a callback of the user's in a layer that has no [`Log`] of its own: what is left out, is
+/// left out of all of these together.
+#[doc(hidden)]
+#[inline]
+pub fn call<R>(callback: &'static str, f: impl FnOnce() -> R) -> Option<R> {
+    static LOG: Log = Log::new(20);
+    LOG.call(callback, f)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,7 +130,7 @@ mod tests {
     fn a_flood_is_told_of_so_many_times_a_second_and_the_rest_is_counted() {
         let log = Log::new(2);
         let start = Instant::now();
-        let at = |ms| log.admit(start + Duration::from_millis(ms));
+        let at = |ms| log.admit_at(start + Duration::from_millis(ms));
         assert_eq!([at(0), at(1), at(2), at(999)], [Some(0), Some(0), None, None]);
         assert_eq!([at(1000), at(1001), at(1002)], [Some(2), Some(0), None]);
         // However long the silence was.
@@ -96,6 +139,6 @@ mod tests {
 
     #[test]
     fn a_limit_of_zero_tells_nothing() {
-        assert_eq!(Log::new(0).admit(Instant::now()), None);
+        assert_eq!(Log::new(0).admit(), None);
     }
 }

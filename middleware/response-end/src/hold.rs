@@ -8,7 +8,7 @@ use std::{
 
 #[cfg(loom)]
 use loom::sync::{Mutex, MutexGuard};
-use tower_catch_unwind::catch;
+use tower_catch_unwind::call;
 
 use crate::{End, Watch};
 
@@ -167,17 +167,18 @@ impl<H: OnEnd> Watch for Hook<H> {
     fn end(&mut self, end: End) {
         let hook = self.hook.get_mut().unwrap_or_else(PoisonError::into_inner);
         let Some(hook) = hook.take() else { return };
-        // Of a panic the process's panic hook has told; there is no one else to tell.
-        let call = move || drop(catch(|| hook.on_end(end)));
+        let tell = move || {
+            call("on_end", || hook.on_end(end));
+        };
         match &self.holds {
-            None => call(),
+            None => tell(),
             Some(holds) => {
                 let mut state = holds.lock();
                 if state.held > 0 {
-                    state.waiting = Some(Box::new(call));
+                    state.waiting = Some(Box::new(tell));
                 } else {
                     drop(state);
-                    call();
+                    tell();
                 }
             }
         }

@@ -112,7 +112,7 @@
 //!
 //! Dropping the response future or the body drops what it wraps and then calls the hook. The hook
 //! runs where the end is found, often in a server's connection task, so it must not block. If it
-//! panics, the panic is contained: only the process's panic hook sees it.
+//! panics, the panic is contained and logged.
 //!
 //! # What it cannot see
 //!

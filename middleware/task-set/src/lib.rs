@@ -79,7 +79,9 @@
 //! # Panics
 //!
 //! A panic in a task is the task's [`Outcome`], and one event at level `ERROR` with the name, the
-//! place of the spawn and the trace id. Nothing else ends because of it. Nothing here panics
+//! place of the spawn and the trace id, and the place of the panic if a
+//! [hook](tower_catch_unwind::install_hook) was installed. Nothing else ends because of it. A panic
+//! in an [observer](Observe) or in the values of a request is contained, and one event too. Nothing here panics
 //! outside of a runtime, or in one without a time driver: there, `Drain(d)` lasts until shutdown
 //! and timeouts do nothing, and one event at level `WARN` says so.
 

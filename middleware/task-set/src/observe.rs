@@ -5,8 +5,8 @@ use crate::Outcome;
 /// Sees the start and the end of every task of a registry: what metrics are made of.
 ///
 /// Closures `Fn(&TaskEvent)` are this. It is called on the thread that spawns or ends the task, so
-/// it must not block. The ledger counts an end just after its observer was told. If it panics, the panic is contained, and seen by the process's panic hook
-/// alone.
+/// it must not block. The ledger counts an end just after its observer was told. If it panics, the
+/// panic is contained and logged.
 pub trait Observe: Send + Sync + 'static {
     /// A task has started or ended.
     fn observe(&self, event: &TaskEvent);

@@ -8,6 +8,7 @@ use std::{
 };
 
 use tokio::runtime::Handle;
+use tower_catch_unwind::Log;
 use tower_response_end::End;
 use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 
@@ -38,6 +39,7 @@ pub(crate) struct Config {
     pub(crate) limit: Option<SpawnLimit>,
     pub(crate) runtime: Option<Handle>,
     pub(crate) observer: Option<Arc<dyn Observe>>,
+    pub(crate) log: Arc<Log>,
     pub(crate) policy: Policy,
     /// That part of it that was chosen on a layer.
     pub(crate) layer: Policy,
@@ -51,6 +53,7 @@ impl TaskRegistry {
             limit: None,
             runtime: None,
             observer: None,
+            log: Arc::new(Log::new(20)),
             policy: Policy::default(),
             layer: Policy::default(),
         }))
@@ -92,6 +95,16 @@ impl TaskRegistry {
     /// Tells `observer` of the start and the end of every task.
     pub fn observer(mut self, observer: impl Observe) -> Self {
         self.choose().observer = Some(Arc::new(observer));
+        self
+    }
+
+    /// Logs at most so many panics in a second, of tasks and of what is called for them; 0 logs
+    /// none. The default is 20. The next event says how many were left out, in its field
+    /// `suppressed`; the ledger counts them all.
+    ///
+    /// Choose it by what your log can bear, not by how many panics there may be.
+    pub fn max_events_per_second(mut self, max: u32) -> Self {
+        self.choose().log = Arc::new(Log::new(max));
         self
     }
 

@@ -15,9 +15,10 @@ use std::{
 use smallvec::SmallVec;
 use tokio::{runtime::Handle, time::Instant};
 use tower_catch_unwind::{Panic, catch};
-use tower_request_context::{RequestContext, RequestId, TraceId};
+use tower_request_context::RequestContext;
 use tower_response_end::End;
 use tower_spawn_limit::SpawnError;
+use tracing::field;
 
 use crate::{
     Counts, TaskEvent, TaskRegistry,
@@ -239,7 +240,7 @@ impl Set {
         }
         if let Some(observer) = &self.config.observer {
             let event = TaskEvent::Started { name: plan.name, site: plan.site };
-            drop(catch(|| observer.observe(&event)));
+            self.call("observer", || observer.observe(&event));
         }
     }
 
@@ -468,9 +469,9 @@ impl Set {
         if let (Some(observer), Some(started)) = (&self.config.observer, extra.started) {
             let (name, site) = self.name_and_site(slot);
             let event = TaskEvent::Ended { name, site, outcome, elapsed: started.elapsed() };
-            drop(catch(|| observer.observe(&event)));
+            self.call("observer", || observer.observe(&event));
         }
-        drop(catch(|| drop(extra)));
+        self.call("drop of a value", || drop(extra));
     }
 
     pub(crate) fn name_and_site(&self, slot: u32) -> (&'static str, &'static Location<'static>) {
@@ -807,28 +808,71 @@ impl Set {
         }
     }
 
-    pub(crate) fn tell_drop_panic(&self, slot: u32) {
+    /// A poll of the task has panicked.
+    pub(crate) fn tell_panic(&self, slot: u32, panic: Panic) -> Panic {
         let (name, site) = self.name_and_site(slot);
-        // The subscriber is the user's code.
+        let panic = panic.in_task(name, site);
+        self.log((name, site), Some(&panic), "task panicked");
+        panic
+    }
+
+    /// A destructor of the task has panicked. With what is known here only of a panic that was
+    /// recorded.
+    pub(crate) fn tell_drop_panic(&self, slot: u32, panic: Option<Panic>) {
+        let (name, site) = self.name_and_site(slot);
+        let panic = panic.map(|panic| panic.in_task(name, site));
+        self.log((name, site), panic.as_ref(), "task panicked while it was dropped");
+        if let Some(panic) = panic {
+            self.lock().keep_drop_panic(slot, panic);
+        }
+    }
+
+    /// Calls a callback of the user's. A panic in it is told and goes no further.
+    fn call<R>(&self, callback: &'static str, f: impl FnOnce() -> R) -> Option<R> {
+        let result = catch(f);
+        // For the ids: nothing need be current here.
+        let tell = |panic| {
+            self.context.clone().sync_scope(|| self.config.log.tell_callback(panic, callback));
+        };
+        result.map_err(tell).ok()
+    }
+
+    fn log(
+        &self,
+        (task, site): (&'static str, &'static Location<'static>),
+        panic: Option<&Panic>,
+        what: &'static str,
+    ) {
+        let Some(suppressed) = self.config.log.admit() else { return };
+        // The subscriber is the code of others.
         drop(catch(|| {
-            let context = RequestContext::current();
+            let here = RequestContext::current();
+            let trace_id = panic.map_or_else(|| here.get().copied(), Panic::trace_id);
+            let request_id = panic.map_or_else(|| here.get(), Panic::request_id);
             tracing::error!(
-                task = name,
+                task,
                 spawned_at = %site,
-                trace_id = context.get::<TraceId>().map(tracing::field::display),
-                request_id = context.get::<RequestId>().map(tracing::field::display),
-                "task panicked while it was dropped"
+                panic = panic.map(Panic::message),
+                location = panic.and_then(Panic::location).map(field::display),
+                thread = panic.and_then(Panic::thread),
+                trace_id = trace_id.map(field::display),
+                request_id = request_id.map(field::display),
+                suppressed,
+                "{what}"
             );
         }));
     }
 
     /// What a destructor of a task has panicked with.
     #[cold]
-    pub(crate) fn drop_panic(&self, kind: u16, payload: Box<dyn Any + Send>) -> Panic {
-        let Kind { name, site, .. } = self.lock().kinds[usize::from(kind)];
+    pub(crate) fn drop_panic(&self, task: &Canceller, payload: Box<dyn Any + Send>) -> Panic {
+        let mut inner = self.lock();
+        let Kind { name, site, .. } = inner.kinds[usize::from(task.kind)];
+        let kept = inner.take_drop_panic(task.slot, task.generation);
+        drop(inner);
         // The ids are the request's, not those of who awaits the handle.
-        let context = self.context.clone();
-        context.sync_scope(|| Panic::new(payload)).in_task(name, site)
+        let panic = self.context.clone().sync_scope(|| Panic::new(payload));
+        kept.unwrap_or_else(|| panic.in_task(name, site))
     }
 }
 

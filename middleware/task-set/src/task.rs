@@ -1,7 +1,6 @@
 use std::{
     any::Any,
     fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -9,7 +8,7 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tower_catch_unwind::{Panic, catch};
+use tower_catch_unwind::{Panic, catch, destructor};
 use tower_response_end::End;
 
 use crate::{
@@ -340,7 +339,7 @@ impl Member {
         }
         let outside = Outside::enter(self.set.take(), self.slot);
         // No guard that leaves: nothing unwinds past this.
-        let result = catch_unwind(AssertUnwindSafe(poll)).map_err(|payload| self.tell(payload));
+        let result = catch(poll).map_err(|panic| self.tell(panic));
         self.set = outside.leave();
         if away.is_some() {
             self.extra |= self.set().leave_home(self.slot, &mut away);
@@ -353,25 +352,20 @@ impl Member {
     /// Out of line: it is rare, and there is one for each type of future otherwise.
     #[cold]
     #[inline(never)]
-    fn tell(&self, payload: Box<dyn Any + Send>) -> Panic {
-        let mut panic = Panic::new(payload);
-        if let Some(set) = place::current() {
-            let (name, site) = set.name_and_site(self.slot);
-            panic = panic.in_task(name, site);
-            // The subscriber is the code of others.
-            drop(catch(|| {
-                tracing::error!(
-                    task = name,
-                    spawned_at = %site,
-                    panic = panic.message(),
-                    thread = panic.thread(),
-                    trace_id = panic.trace_id().map(tracing::field::display),
-                    request_id = panic.request_id().map(tracing::field::display),
-                    "task panicked"
-                );
-            }));
+    fn tell(&self, panic: Panic) -> Panic {
+        match place::current() {
+            Some(set) => set.tell_panic(self.slot, panic),
+            None => panic,
         }
-        panic
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn tell_drop(&mut self) {
+        let first = self.outcome.replace(Outcome::Panicked);
+        if let Some(set) = self.set.as_ref().filter(|_| first != Some(Outcome::Panicked)) {
+            set.tell_drop_panic(self.slot, destructor::panic());
+        }
     }
 
     /// Whether the task runs somewhere else than just in its set.
@@ -398,6 +392,7 @@ impl Member {
     #[inline]
     fn enter_drop(&mut self) {
         let unwinding = thread::panicking();
+        destructor::enter();
         let in_scope = self.is_away() && self.set().enter_drop(self.slot, self.extra);
         let outside = Outside::enter(self.set.take(), self.slot);
         if !outside.is_nowhere() {
@@ -410,28 +405,23 @@ impl Member {
 impl Drop for Member {
     #[inline]
     fn drop(&mut self) {
-        let (unwinding, in_scope) = match self.phase {
-            Phase::Dropping { unwinding, in_scope } => {
-                if self.set.is_none() {
-                    self.set = Outside::nowhere().leave();
-                }
-                (unwinding, in_scope)
+        let mut was_in_scope = false;
+        if let Phase::Dropping { unwinding, in_scope } = self.phase {
+            was_in_scope = in_scope;
+            if self.set.is_none() {
+                self.set = Outside::nowhere().leave();
             }
-            Phase::Started | Phase::Waits => (thread::panicking(), false),
-        };
+            if thread::panicking() && !unwinding {
+                // A destructor of the task's has.
+                self.tell_drop();
+            }
+            destructor::leave();
+        }
         let Some(set) = self.set.take() else { return };
-        let outcome = if thread::panicking() && !unwinding {
-            // A destructor of the task's has.
-            if self.outcome != Some(Outcome::Panicked) {
-                set.tell_drop_panic(self.slot);
-            }
-            Outcome::Panicked
-        } else {
-            self.outcome.unwrap_or(Outcome::Aborted)
-        };
-        if in_scope {
+        if was_in_scope {
             set.leave_drop(self.slot, self.extra);
         }
+        let outcome = self.outcome.unwrap_or(Outcome::Aborted);
         set.leave(self.slot, self.extra, outcome);
     }
 }
@@ -557,7 +547,7 @@ impl Canceller {
     }
 
     fn drop_panic(&self, payload: Box<dyn Any + Send>) -> Panic {
-        self.set.drop_panic(self.kind, payload)
+        self.set.drop_panic(self, payload)
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
 };
 
 use http::{HeaderMap, HeaderName, HeaderValue};
-use tower_catch_unwind::catch;
+use tower_catch_unwind::call;
 use tower_request_context::{Inherit, RequestContext, RequestId, SpanId, Task, TraceId};
 use tracing::{Level, Span, field::display, level_enabled};
 
@@ -206,7 +206,7 @@ impl TraceContext {
 
     fn adopt(&mut self, span: &Span) {
         let Some(on_span) = self.on_span.clone().filter(|_| !span.is_disabled()) else { return };
-        if let Ok(Some(ids)) = catch(|| on_span.on_span(span, self)) {
+        if let Some(Some(ids)) = call("on_span", || on_span.on_span(span, self)) {
             if ids.trace_id != self.trace_id {
                 // Of a trace that goes on, what the caller said of it counts.
                 self.random = ids.random;
@@ -298,7 +298,7 @@ impl Inherit for TraceContext {
         if let Some(on_span) = &self.on_span {
             // The hook may look at the span id that it replaces, so not at the final one.
             let provisional = self.below(self.parent_id, self.link);
-            let ids = catch(|| on_span.on_span(&span, &provisional)).ok().flatten();
+            let ids = call("on_span", || on_span.on_span(&span, &provisional)).flatten();
             let id = ids.map_or_else(|| provisional.span_id(), |ids| ids.parent_id);
             self.span_id.get_or_init(|| id);
             self.record(&span);
@@ -324,8 +324,7 @@ impl Inherit for TraceContext {
 ///
 /// Closures `Fn(&Span, &TraceContext) -> Option<TraceParent>` are this. It is called for the spans
 /// of requests, of tasks and of calls that [`PropagateLayer`](crate::PropagateLayer) makes, where
-/// a subscriber wants them. If it panics, the panic is contained, and seen by the process's panic
-/// hook alone.
+/// a subscriber wants them. If it panics, the panic is contained and logged.
 pub trait OnSpan: Send + Sync + 'static {
     /// A span was made. `context` says where it belongs:
     /// [`parent_id`](TraceContext::parent_id) and [`link`](TraceContext::link).

@@ -94,7 +94,7 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tower_catch_unwind::catch;
+use tower_catch_unwind::call;
 use tower_layer::Layer;
 use tower_request_context::{RequestContext, Scope};
 use tower_service::Service;
@@ -298,7 +298,7 @@ where
             // Behind a buffer, say, where nothing is current.
             outer = carried.clone();
         }
-        let trust = catch(|| layer.trust.choose_trust(&request)).unwrap_or_default();
+        let trust = call("trust", || layer.trust.choose_trust(&request)).unwrap_or_default();
         let place = layer.begin(&outer, request.headers(), trust);
         if let Some(own) = place.own.as_ref().filter(|_| in_extensions) {
             request.extensions_mut().insert(own.clone());
@@ -490,7 +490,7 @@ impl<B: Body> Body for ResponseBody<B> {
 }
 
 /// Chooses how much is taken over from whoever sends a request. A [`Trust`] is this, the same for
-/// all, and closures `Fn(&Req) -> Trust` are. If one panics, it is [`Trust::Restart`].
+/// all, and closures `Fn(&Req) -> Trust` are. If one panics, it is [`Trust::Restart`], and logged.
 pub trait ChooseTrust<Req> {
     /// The trust in whoever sends `request`.
     fn choose_trust(&self, request: &Req) -> Trust;

@@ -6,7 +6,7 @@ use std::{
 
 use http::{Request, Uri};
 use pin_project_lite::pin_project;
-use tower_catch_unwind::catch;
+use tower_catch_unwind::call;
 use tower_layer::Layer;
 use tower_service::Service;
 use tracing::Span;
@@ -96,7 +96,7 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let mut span = Span::none();
-        let allowed = catch(|| self.layer.allow.allow(request.uri())).unwrap_or(false);
+        let allowed = call("allow", || self.layer.allow.allow(request.uri())).unwrap_or(false);
         if !allowed {
             context::remove(request.headers_mut());
         } else if let Some(mut call) = TraceContext::current().map(|context| context.call()) {
@@ -151,7 +151,7 @@ impl<F: Future> Future for CallFuture<F> {
 }
 
 /// Says where a [`PropagateLayer`] sends its headers. Closures `Fn(&Uri) -> bool` are this, and
-/// `()` allows everything. One that panics allows nothing.
+/// `()` allows everything. One that panics allows nothing, and is logged.
 pub trait Allow {
     /// Whether a request to `uri` gets them.
     fn allow(&self, uri: &Uri) -> bool;

@@ -59,7 +59,8 @@ impl Set {
     #[inline]
     fn wants_spans(&self) -> bool {
         // The code of whoever made the values.
-        self.context.inherits() && catch(|| self.context.wants_span()).unwrap_or(false)
+        self.context.inherits()
+            && self.call("wants_span", || self.context.wants_span()).unwrap_or(false)
     }
 
     #[inline(never)]
@@ -67,7 +68,7 @@ impl Set {
         let context = elsewhere.as_ref().unwrap_or(&self.context);
         let kept = self.is_kept(&self.lock(), plan.policy());
         let task = Task::new(plan.name, plan.site).kept(kept);
-        let spanned = catch(|| {
+        let spanned = self.call("inherit", || {
             context.wants_span().then(|| {
                 let own = context.inherit(&task);
                 let span = own.span(&task);
@@ -75,11 +76,11 @@ impl Set {
             })
         });
         let (scope, span) = match (spanned, elsewhere) {
-            (Ok(Some(spanned)), _) => spanned,
+            (Some(Some(spanned)), _) => spanned,
             (_, None) => return None,
             (_, Some(context)) => (Scope::of_task(context, task), None),
         };
-        let trace_id = catch(|| scope.trace_id()).ok().flatten();
+        let trace_id = self.call("value", || scope.trace_id()).flatten();
         Some(Box::new(Home { scope, span, trace_id }))
     }
 

@@ -8,6 +8,7 @@ use std::{
 
 use smallvec::SmallVec;
 use tokio::time::Instant;
+use tower_catch_unwind::Panic;
 use tower_request_context::TraceId;
 use tower_response_end::End;
 use tower_spawn_limit::SpawnError;
@@ -54,6 +55,9 @@ pub(super) struct Inner {
     pub(super) holds: u32,
     pub(super) held_end: Option<End>,
     pub(super) idle: Option<Arc<Notify>>,
+    /// Of tasks that panicked in their drop, for their handles: the runtime knows only what they
+    /// panicked with. The last few, for nobody may ask.
+    drop_panics: Vec<(u32, u16, Panic)>,
 }
 
 /// Who counts what is attempted here.
@@ -198,6 +202,7 @@ impl Inner {
             holds: 0,
             held_end: None,
             idle: None,
+            drop_panics: Vec::new(),
         }
     }
 
@@ -316,6 +321,21 @@ impl Inner {
         entry.since = std::mem::replace(&mut self.free, slot);
         entry.generation = entry.generation.wrapping_add(1);
         (kind, entry.waker.take())
+    }
+
+    /// The task in this slot has panicked in its drop.
+    pub(super) fn keep_drop_panic(&mut self, slot: u32, panic: Panic) {
+        const MAX: usize = 8;
+        if self.drop_panics.len() == MAX {
+            self.drop_panics.remove(0);
+        }
+        self.drop_panics.push((slot, self.tasks[slot as usize].generation, panic));
+    }
+
+    pub(super) fn take_drop_panic(&mut self, slot: u32, generation: u16) -> Option<Panic> {
+        let is_its = |kept: &(u32, u16, Panic)| (kept.0, kept.1) == (slot, generation);
+        let at = self.drop_panics.iter().position(is_its)?;
+        Some(self.drop_panics.remove(at).2)
     }
 }
 

@@ -1,6 +1,5 @@
 use std::time::Duration;
 
-use tower_catch_unwind::catch;
 use tower_request_context::TraceId;
 
 use super::{
@@ -83,7 +82,7 @@ impl Set {
         let kinds = inner.kinds.to_vec();
         drop(inner);
         // A part of a value: the code of others.
-        let trace_id = catch(|| self.context.get().copied()).ok().flatten();
+        let trace_id = self.call("value", || self.context.get().copied()).flatten();
         Reading { kinds, tasks, age: self.born.elapsed(), trace_id }
     }
 }

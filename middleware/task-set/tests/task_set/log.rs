@@ -2,8 +2,12 @@
 
 use std::{cell::RefCell, collections::BTreeMap, fmt, sync::Once};
 
+use tokio::runtime::Runtime;
+use tower_catch_unwind::{Panic, Site, install_hook};
 use tower_request_context::{RequestContext, RequestId, TraceId};
-use tower_task_set::{AtEnd, Cause, End, TaskRegistry, TaskSetLayer};
+use tower_task_set::{
+    AtEnd, Cause, End, TaskError, TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
+};
 use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
@@ -47,7 +51,7 @@ struct Recorder;
 
 impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Recorder {
     fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
-        if !event.metadata().target().starts_with("tower_task_set") {
+        if !event.metadata().target().starts_with("tower_") {
             return;
         }
         let mut fields = Fields::default();
@@ -276,4 +280,221 @@ fn a_panic_of_the_subscriber_is_contained() {
         });
     });
     assert_eq!(recorded.events.len(), 2);
+}
+
+/// Where a panic was, of the file of this test.
+fn line_of(location: Option<&Site>) -> Option<u32> {
+    location.filter(|site| site.file().ends_with(file!())).map(Site::line)
+}
+
+fn panic_of<T: fmt::Debug>(result: Result<T, TaskError>) -> Panic {
+    match result {
+        Err(TaskError::Panicked(panic)) => panic,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The event's `location` and the handle's are both this line.
+#[track_caller]
+fn assert_told_at(line: u32, events: &[Logged], panic: &Panic) {
+    let [event] = events else { panic!("{events:?}") };
+    assert!(event.fields["location"].contains(&format!("{}:{line}:", file!())), "{event:?}");
+    assert_eq!(event.fields["trace_id"], trace_id().to_string());
+    assert_eq!(event.fields["panic"], panic.message());
+    assert_eq!(event.fields["task"], panic.task().unwrap());
+    assert!(event.fields["spawned_at"].starts_with(file!()), "{event:?}");
+    assert_eq!(line_of(panic.location()), Some(line), "{panic}");
+    assert_eq!(panic.trace_id(), Some(trace_id()));
+}
+
+type Panics = fn(&TaskSet) -> TaskHandle<()>;
+
+#[test]
+fn with_the_hook_each_panic_of_a_task_says_where_it_was() {
+    install_hook();
+    let cases: [(u32, Panics); 5] = [
+        (line!(), |tasks| tasks.spawn("first poll", async { panic!("first") }).unwrap()),
+        (line!() + 3, |tasks| {
+            let later = async {
+                tokio::task::yield_now().await;
+                panic!("later");
+            };
+            tasks.spawn("later poll", later).unwrap()
+        }),
+        (line!() + 1, |tasks| {
+            let on_drop = OnDrop::new(|| panic!("in its drop when it is ready"));
+            tasks.spawn("drop", drop_later(on_drop)).unwrap()
+        }),
+        (line!() + 1, |tasks| {
+            let on_drop = OnDrop::new(|| panic!("before it has run"));
+            let task = tasks.spawn("never polled", drop_later(on_drop)).unwrap();
+            task.cancel();
+            task
+        }),
+        (line!() + 2, |tasks| {
+            let hold = async {
+                let _on_drop = OnDrop::new(|| panic!("while it is cancelled"));
+                TaskSet::current().unwrap().cancel_all();
+                forever().await;
+            };
+            tasks.spawn("cancelled", hold).unwrap()
+        }),
+    ];
+    for (line, spawn) in cases {
+        let run = |runtime: Runtime| {
+            let tasks = TaskRegistry::new();
+            let panic = runtime.block_on(async {
+                let request = ids().sync_scope(|| serve(&TaskSetLayer::new(&tasks)));
+                panic_of(spawn(&request.set).await)
+            });
+            assert_ledger(&tasks, "panicked 1");
+            panic
+        };
+        let mut panic = None;
+        let events = events_of(|| panic = Some(run(current_thread())));
+        assert_told_at(line, &events, &panic.unwrap());
+        // The handle is awaited on another thread. What others log is not seen here.
+        assert_eq!(line_of(run(multi_thread()).location()), Some(line));
+    }
+}
+
+#[test]
+fn a_nested_task_says_where_it_was_and_its_parent_goes_on() {
+    install_hook();
+    let line = line!() + 8;
+    let events = events_of(|| {
+        current_thread().block_on(async {
+            let tasks = TaskRegistry::new();
+            let request = ids().sync_scope(|| serve(&TaskSetLayer::new(&tasks)));
+            let parent = request.set.spawn("parent", async {
+                let set = TaskSet::current().unwrap();
+                let child = async {
+                    panic!("nested");
+                };
+                panic_of(set.spawn("child", child).unwrap().await)
+            });
+            let panic = parent.unwrap().await.unwrap();
+            assert_eq!((line_of(panic.location()), panic.task()), (Some(line), Some("child")));
+            assert_ledger(&tasks, "completed 1, panicked 1");
+        });
+    });
+    assert_eq!(events.len(), 1, "{events:?}");
+}
+
+#[test]
+fn what_a_task_has_caught_itself_is_no_other_panics_place() {
+    install_hook();
+    let events = events_of(|| {
+        current_thread().block_on(async {
+            let tasks = TaskRegistry::new();
+            let catches = tasks.spawn("catches", async {
+                drop(std::panic::catch_unwind(|| panic!("the same")));
+            });
+            assert_eq!(outcome(catches.unwrap()).await, COMPLETED);
+            // The hook does not see this one.
+            let throws = tasks.spawn("throws", async {
+                std::panic::resume_unwind(Box::new("the same"));
+            });
+            assert_eq!(panic_of::<()>(throws.unwrap().await).location(), None);
+            let on_drop = OnDrop::new(|| std::panic::resume_unwind(Box::new("the same")));
+            let drops = tasks.spawn("drops", drop_later(on_drop)).unwrap();
+            assert_eq!(panic_of(drops.await).location(), None);
+        });
+    });
+    assert!(events.iter().all(|event| !event.fields.contains_key("location")), "{events:?}");
+    assert_eq!(events.len(), 2);
+}
+
+#[test]
+fn a_task_that_throws_again_what_it_caught_keeps_the_place() {
+    install_hook();
+    current_thread().block_on(async {
+        let tasks = TaskRegistry::new();
+        let line = line!() + 2;
+        let throws = tasks.spawn("throws", async {
+            let caught = std::panic::catch_unwind(|| panic!("again"));
+            // Others in between are none of its.
+            drop(std::panic::catch_unwind(|| panic!("another")));
+            std::panic::resume_unwind(caught.unwrap_err());
+        });
+        let panic = panic_of::<()>(throws.unwrap().await);
+        assert_eq!((panic.message(), line_of(panic.location())), ("again", Some(line)));
+    });
+}
+
+#[test]
+fn the_handles_of_many_drops_that_panic_have_each_their_own() {
+    install_hook();
+    current_thread().block_on(async {
+        let tasks = TaskRegistry::new();
+        let spawn = |n: usize| {
+            let on_drop = OnDrop::new(move || panic!("drop {n}"));
+            tasks.spawn("drops", drop_later(on_drop)).unwrap()
+        };
+        let handles: Vec<_> = (0..20).map(spawn).collect();
+        for (n, handle) in handles.into_iter().enumerate() {
+            // So many are kept; of the others the handle knows what was said.
+            let kept = n >= 12;
+            let panic = panic_of(handle.await);
+            assert_eq!(panic.message(), format!("drop {n}"));
+            assert_eq!(panic.location().is_some(), kept, "{n}");
+            assert_eq!(panic.task(), Some("drops"));
+        }
+    });
+}
+
+#[test]
+fn a_flood_of_panicking_tasks_floods_no_log() {
+    let mut seconds = 0;
+    let events = events_of(|| {
+        current_thread().block_on(async {
+            let tasks = TaskRegistry::new().max_events_per_second(5);
+            let started = std::time::Instant::now();
+            for n in 0..200 {
+                let on_drop = OnDrop::new(move || assert!(n % 2 == 0, "in the drop"));
+                let task = tasks.spawn("bad_task", async move {
+                    let _on_drop = on_drop;
+                    assert!(n % 2 == 1, "in the poll");
+                });
+                panic_of(task.unwrap().await);
+            }
+            assert_ledger(&tasks, "panicked 200");
+            seconds = started.elapsed().as_secs();
+        });
+    });
+    let told = u64::try_from(events.len()).unwrap();
+    assert!((5..=5 * (seconds + 1)).contains(&told), "{told} in {seconds} s");
+}
+
+#[test]
+fn a_registry_that_may_log_nothing_logs_nothing() {
+    let events = events_of(|| {
+        current_thread().block_on(async {
+            let tasks = TaskRegistry::new().max_events_per_second(0);
+            panic_of(tasks.spawn("bad_task", async { panic!() }).unwrap().await);
+        });
+    });
+    assert!(events.is_empty(), "{events:?}");
+}
+
+#[test]
+fn an_observer_that_panics_is_one_event_for_each_call_with_its_place() {
+    install_hook();
+    let line = line!() + 3;
+    let events = events_of(|| {
+        current_thread().block_on(async {
+            let observer = |_: &TaskEvent| panic!("observed");
+            let tasks = TaskRegistry::new().observer(observer);
+            let request = ids().sync_scope(|| serve(&TaskSetLayer::new(&tasks)));
+            let task = request.set.spawn("task", async {}).unwrap();
+            assert_eq!(outcome(task).await, COMPLETED);
+        });
+    });
+    assert_eq!(events.len(), 2, "{events:?}");
+    for event in events {
+        assert_eq!((&*event.message, event.level), ("callback panicked", Level::ERROR));
+        assert_eq!((&*event.fields["callback"], &*event.fields["panic"]), ("observer", "observed"));
+        assert!(event.fields["location"].contains(&format!("{}:{line}:", file!())), "{event:?}");
+        assert_eq!(event.fields["trace_id"], trace_id().to_string());
+    }
 }
