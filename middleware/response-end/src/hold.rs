@@ -138,6 +138,11 @@ impl<H> Hook<H> {
     pub const fn new(hook: H) -> Self {
         Self { hook: std::sync::Mutex::new(Some(hook)), holds: None }
     }
+
+    /// The hook, until the end.
+    pub fn get_mut(&mut self) -> Option<&mut H> {
+        self.hook.get_mut().unwrap_or_else(PoisonError::into_inner).as_mut()
+    }
 }
 
 impl<H> fmt::Debug for Hook<H> {

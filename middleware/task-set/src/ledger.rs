@@ -82,6 +82,10 @@ pub struct Snapshot {
     pub by_name: BTreeMap<&'static str, Counts>,
     /// The tasks that live, in no order.
     pub live_tasks: Vec<LiveTask>,
+    /// The tasks that were [told to end](crate::TaskRegistry::cancel_all) for
+    /// [`Cause::Shutdown`](crate::Cause::Shutdown) before anything else told them to, and did so
+    /// without coming to their end, in no order.
+    pub forced_tasks: Vec<ForcedTask>,
 }
 
 impl Snapshot {
@@ -127,6 +131,27 @@ impl fmt::Display for LiveTask {
             None => f.write_str(")"),
         }
     }
+}
+
+/// A task that a shutdown has ended.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct ForcedTask {
+    /// The name that it was given.
+    pub name: &'static str,
+    /// Where it was spawned.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "text::display"))]
+    pub site: &'static Location<'static>,
+    /// How long it lived, at most: see [`LiveTask::age`].
+    #[cfg_attr(feature = "serde", serde(rename = "age_ms", serialize_with = "text::millis"))]
+    pub age: Duration,
+    /// The trace id of its request, if that has one.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "text::option"))]
+    pub trace_id: Option<TraceId>,
+    /// How it ended: cancelled, aborted, or panicked while it was dropped for that.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "text::display"))]
+    pub outcome: Outcome,
 }
 
 /// What a live task is doing.
@@ -220,6 +245,7 @@ impl Kind {
 pub(crate) struct Base {
     index: HashMap<(usize, usize), usize, BuildHasherDefault<AddressHasher>>,
     counts: Vec<(&'static str, Counts)>,
+    pub(crate) forced: Vec<ForcedTask>,
 }
 
 impl Base {

@@ -13,7 +13,7 @@ use tower_response_end::End;
 use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 
 use crate::{
-    AtEnd, Group, Observe, Snapshot, StopToken, TaskHandle,
+    AtEnd, Observe, Snapshot, StopToken, TaskHandle,
     ledger::Base,
     lifetime::Policy,
     reaper::Runtime,
@@ -177,13 +177,8 @@ impl TaskRegistry {
     }
 
     /// A task that is yet to be spawned, for choices of its own.
-    pub const fn task(&self, name: &'static str) -> NewTask<'_, Self> {
-        NewTask::new(self, name)
-    }
-
-    /// A group of tasks that belong to no request: see [`TaskSet::group`](crate::TaskSet::group).
-    pub fn group(&self) -> Group {
-        Group::new(self.clone())
+    pub fn task(&self, name: &'static str) -> NewTask<'_> {
+        NewTask::of_registry(self, name)
     }
 
     /// How many tasks live.
@@ -194,6 +189,14 @@ impl TaskRegistry {
     /// Whether no task lives.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Accepts no task that belongs to no request from now on: a spawn of one gets
+    /// [`SpawnError::Closed`], in a task of the registry too. Requests in flight, those that still
+    /// come, and their tasks may spawn until the registry is [closed](Self::close): they are drained,
+    /// and so have to come to their end. There is no way back.
+    pub fn begin_drain(&self) {
+        self.owner().begin_drain();
     }
 
     /// Accepts no task from now on: every spawn gets [`SpawnError::Closed`]. Tasks that live go on.
@@ -225,6 +228,33 @@ impl TaskRegistry {
         for set in self.owner().sets() {
             set.abort(Cause::Shutdown);
         }
+    }
+
+    /// Waits until no task is found alive, and all destructors have run. Unless the registry is
+    /// [closed](Self::close), others may come right after, or may have come where it looked already.
+    /// A task of the registry that waits for this waits for itself.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: it only watches.
+    pub async fn idle(&self) {
+        loop {
+            let mut found = false;
+            for set in self.owner().sets() {
+                if set.len() > 0 {
+                    found = true;
+                    set.idle().await;
+                }
+            }
+            if !found {
+                return;
+            }
+        }
+    }
+
+    /// Whether `other` is a clone of this one: it has the same ledger.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(self.owner(), other.owner())
     }
 
     /// Waits until the registry is [closed](Self::close) and no task lives: all destructors have
@@ -277,11 +307,6 @@ impl TaskRegistry {
                 Err(Refusal::Because(reason)) => return Err(reason),
             }
         }
-    }
-
-    /// Counts an attempt that was refused before it came to a set.
-    pub(crate) fn count_refused(&self, plan: &Plan) {
-        self.owner().refuse(plan.name);
     }
 
     fn owner(&self) -> &Arc<Owner> {
@@ -368,6 +393,8 @@ struct Sets {
     /// How often counts of a set that is not over were moved to `base`.
     folds: usize,
     closed: bool,
+    /// Takes no task that belongs to no request.
+    draining: bool,
     /// The set of the tasks that belong to no request: there while it has tasks.
     own: Option<Arc<Set>>,
     /// The runtime that was seen last.
@@ -400,7 +427,7 @@ impl Owner {
         let handle = config.runtime.clone().or_else(|| Handle::try_current().ok());
         let shard = this_shard();
         let mut sets = lock(&self.shards[shard].0);
-        if sets.closed {
+        if sets.closed || sets.draining {
             return None;
         }
         let serves =
@@ -471,8 +498,10 @@ impl Owner {
     /// Counts a set that is over, once, and lets go of it.
     pub(crate) fn retire(&self, set: &Arc<Set>) {
         let Place { shard, index } = set.place;
+        // Asked here, for it may run the code of others; for nothing, unless a task was told.
+        let trace_id = if set.has_orders() { set.trace_id() } else { None };
         let mut sets = lock(&self.shards[shard].0);
-        if !set.retire(|name, counts| sets.base.add(name, counts)) {
+        if !set.retire(trace_id, &mut sets.base) {
             return;
         }
         let removed = sets.listed[index].take();
@@ -501,6 +530,14 @@ impl Owner {
         self.closed.notify_waiters();
     }
 
+    fn begin_drain(&self) {
+        for shard in &self.shards {
+            let mut sets = lock(&shard.0);
+            sets.draining = true;
+            sets.listed.iter().flatten().for_each(|set| set.close_own());
+        }
+    }
+
     /// The sets that are not over.
     pub(crate) fn sets(&self) -> Vec<Arc<Set>> {
         let sets =
@@ -512,21 +549,22 @@ impl Owner {
         let mut snapshot = Snapshot::default();
         for shard in &self.shards {
             // A fold between the two reads would hide what it moves.
-            let (base, readings) = loop {
+            let (base, forced, readings) = loop {
                 let sets = lock(&shard.0);
                 let folds = sets.folds;
-                let base = sets.base.counts();
+                let (base, forced) = (sets.base.counts(), sets.base.forced.clone());
                 let listed: Vec<_> = sets.listed.iter().flatten().cloned().collect();
                 drop(sets);
                 // A set that retires from now on is not in this base, and keeps its counts.
                 let readings: Vec<_> = listed.iter().map(|set| set.read()).collect();
                 if lock(&shard.0).folds == folds {
-                    break (base, readings);
+                    break (base, forced, readings);
                 }
             };
             for (name, counts) in base {
                 snapshot.add(name, counts);
             }
+            snapshot.forced_tasks.extend(forced);
             for reading in readings {
                 reading.add_to(&mut snapshot);
             }

@@ -15,14 +15,14 @@ use std::{
 use smallvec::SmallVec;
 use tokio::{runtime::Handle, time::Instant};
 use tower_catch_unwind::{Panic, catch};
-use tower_request_context::RequestContext;
+use tower_request_context::{RequestContext, TraceId};
 use tower_response_end::End;
 use tower_spawn_limit::SpawnError;
 use tracing::field;
 
 use crate::{
     Counts, TaskEvent, TaskRegistry,
-    ledger::Kind,
+    ledger::{Base, Kind},
     lifetime::Policy,
     place,
     reaper::{Key, Runtime, Who},
@@ -423,8 +423,16 @@ impl Set {
 
     /// The task has ended, and its destructors have run. What others wait for is done before it is
     /// counted: who finds no task alive finds the permit free, and the observer told.
+    ///
+    /// `obeyed` is the outcome before its destructors have run.
     #[inline(never)]
-    pub(crate) fn leave(self: &Arc<Self>, slot: u32, has_extra: bool, outcome: Outcome) {
+    pub(crate) fn leave(
+        self: &Arc<Self>,
+        slot: u32,
+        has_extra: bool,
+        obeyed: Option<Outcome>,
+        outcome: Outcome,
+    ) {
         if has_extra {
             self.part(slot, outcome);
         }
@@ -432,10 +440,14 @@ impl Set {
             limit.release();
         }
         let mut inner = self.lock();
+        if inner.cancelled && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
+            inner.note_forced(slot, self.born, outcome);
+        }
         let (kind, waker) = inner.free_slot(slot);
         inner.kinds[usize::from(kind)].end(outcome);
         if !inner.extras.is_empty() {
-            inner.extras.remove(&slot);
+            // It may have been told something after all that was its own had ended.
+            self.forget(inner.extras.remove(&slot).and_then(|extra| extra.grace_key));
         }
         inner.live -= 1;
         if inner.live == 0 {
@@ -461,42 +473,28 @@ impl Set {
     /// Ends what the set knows of a task beyond its entry.
     #[inline(never)]
     fn part(&self, slot: u32, outcome: Outcome) {
-        let Some(extra) = self.lock().extras.remove(&slot) else { return };
-        self.forget(extra.timeout);
-        self.forget(extra.lifetime.and_then(|lifetime| lifetime.key));
-        self.forget(extra.grace_key);
+        let mut inner = self.lock();
+        let Some(extra) = inner.extras.get_mut(&slot) else { return };
+        let lifetime = extra.lifetime.as_mut().and_then(|lifetime| lifetime.key.take());
+        let keys = [extra.timeout.take(), lifetime, extra.grace_key.take()];
+        let (home, started) = (extra.home.take(), extra.started);
+        drop(inner);
+        for key in keys {
+            self.forget(key);
+        }
         // An observer, values and a span: the code of others.
-        if let (Some(observer), Some(started)) = (&self.config.observer, extra.started) {
+        if let (Some(observer), Some(started)) = (&self.config.observer, started) {
             let (name, site) = self.name_and_site(slot);
             let event = TaskEvent::Ended { name, site, outcome, elapsed: started.elapsed() };
             self.call("observer", || observer.observe(&event));
         }
-        self.call("drop of a value", || drop(extra));
+        self.call("drop of a value", || drop(home));
     }
 
     pub(crate) fn name_and_site(&self, slot: u32) -> (&'static str, &'static Location<'static>) {
         let inner = self.lock();
         let kind = &inner.kinds[usize::from(inner.tasks[slot as usize].kind)];
         (kind.name, kind.site)
-    }
-
-    /// The name and the site of the tasks of a kind.
-    pub(crate) fn kind(&self, kind: u16) -> (&'static str, &'static Location<'static>) {
-        let Kind { name, site, .. } = self.lock().kinds[usize::from(kind)];
-        (name, site)
-    }
-
-    /// How the response has ended, if it has.
-    pub(crate) fn ended(&self) -> Option<End> {
-        self.lock().end
-    }
-
-    /// Counts an attempt that was refused before it came here.
-    #[cold]
-    pub(crate) fn count_refused(self: &Arc<Self>, plan: &Plan) {
-        if let Refusal::Gone = self.refuse(self.lock(), plan, SpawnError::Closed) {
-            self.owner().refuse_late(self.place, plan.name);
-        }
     }
 
     /// The response is over.
@@ -585,9 +583,13 @@ impl Set {
                 self.tell_all(&mut inner, order, &mut news, |extra| !extra.has_own_lifetime());
             }
             Who::Task(slot) => {
+                let was_told = inner.is_told(slot);
                 let Some(extra) = inner.extras.get_mut(&slot) else { return };
                 if extra.timeout == Some(key) {
                     extra.timeout = None;
+                    if was_told {
+                        return;
+                    }
                     self.tell(slot, extra, Order::TimeOut, &mut news);
                 } else if extra.grace_key == Some(key) {
                     extra.grace_key = None;
@@ -611,7 +613,8 @@ impl Set {
     pub(crate) fn cancel_task(self: &Arc<Self>, slot: u32, generation: u16, cause: Cause) {
         let mut inner = self.lock();
         let entry = &inner.tasks[slot as usize];
-        if entry.kind != FREE && entry.generation == generation {
+        // What it was told first counts.
+        if entry.kind != FREE && entry.generation == generation && !inner.is_told(slot) {
             let mut news = News::default();
             let extra = inner.extras.entry(slot).or_default();
             self.tell(slot, extra, Order::Cancel(cause), &mut news);
@@ -639,6 +642,8 @@ impl Set {
         if abort {
             inner.extras.values_mut().for_each(Extra::end_grace);
         }
+        // Here, so that whoever finds it cancelled under the lock sees it.
+        self.orders.store(true, Ordering::Relaxed);
         drop(inner);
         self.spread(news);
         self.settle(over, false);
@@ -750,6 +755,13 @@ impl Set {
         self.lock().closed = true;
     }
 
+    /// The same if it belongs to no request.
+    pub(crate) fn close_own(&self) {
+        if self.own {
+            self.close();
+        }
+    }
+
     /// The registry has another for the tasks that belong to no request.
     pub(crate) fn disown(self: &Arc<Self>) {
         let over = self.lock().disown();
@@ -805,14 +817,19 @@ impl Set {
     }
 
     /// Counts it as over, if it is, and if that has not been done.
-    pub(crate) fn retire(&self, mut add: impl FnMut(&'static str, Counts)) -> bool {
+    ///
+    /// `trace_id` is its own, if a shutdown has ended any of its tasks.
+    pub(crate) fn retire(&self, trace_id: Option<TraceId>, base: &mut Base) -> bool {
         let mut inner = self.lock();
         if !inner.is_over(self.own) {
             return false;
         }
         inner.stage = Stage::Retired;
         for kind in &inner.kinds {
-            add(kind.name, kind.counts(0));
+            base.add(kind.name, kind.counts(0));
+        }
+        if let Some(forced) = inner.forced.take() {
+            reading::add_forced(&mut base.forced, *forced, trace_id);
         }
         true
     }

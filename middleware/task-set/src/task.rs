@@ -78,15 +78,6 @@ pub enum TaskError {
     TimedOut,
     /// It panicked, in a poll or while it was dropped.
     Panicked(Panic),
-    /// It returned an error, which its [group](crate::Group::fail_fast) has.
-    Failed,
-}
-
-impl TaskError {
-    /// Whether the task has failed, and was not just told to end.
-    pub(crate) const fn is_failure(&self) -> bool {
-        matches!(self, Self::Panicked(_) | Self::TimedOut | Self::Failed)
-    }
 }
 
 impl fmt::Display for TaskError {
@@ -96,7 +87,6 @@ impl fmt::Display for TaskError {
             Self::Aborted(cause) => write!(f, "the task was aborted: {cause}"),
             Self::TimedOut => f.write_str("the task took longer than its timeout"),
             Self::Panicked(panic) => fmt::Display::fmt(panic, f),
-            Self::Failed => f.write_str("the task returned an error, which its group has"),
         }
     }
 }
@@ -415,6 +405,7 @@ impl Member {
 impl Drop for Member {
     #[inline]
     fn drop(&mut self) {
+        let obeyed = self.outcome;
         let mut was_in_scope = false;
         if let Phase::Dropping { unwinding, in_scope } = self.phase {
             was_in_scope = in_scope;
@@ -432,7 +423,7 @@ impl Drop for Member {
             set.leave_drop(self.slot, self.extra);
         }
         let outcome = self.outcome.unwrap_or(Outcome::Aborted);
-        set.leave(self.slot, self.extra, outcome);
+        set.leave(self.slot, self.extra, obeyed, outcome);
     }
 }
 
@@ -461,7 +452,7 @@ impl<T> TaskHandle<T> {
     /// that has ended, or never awaits, is not affected.
     pub fn cancel(&self) {
         if !self.join.is_finished() {
-            self.canceller.cancel(Cause::Requested);
+            self.canceller.cancel();
         }
     }
 
@@ -517,7 +508,7 @@ impl AbortHandle {
     /// Tells the task to end: see [`TaskHandle::cancel`].
     pub fn abort(&self) {
         if !self.task.is_finished() {
-            self.canceller.cancel(Cause::Requested);
+            self.canceller.cancel();
         }
     }
 
@@ -552,12 +543,8 @@ pub(crate) struct Canceller {
 }
 
 impl Canceller {
-    pub(crate) fn cancel(&self, cause: Cause) {
-        self.set.cancel_task(self.slot, self.generation, cause);
-    }
-
-    pub(crate) fn name(&self) -> &'static str {
-        self.set.kind(self.kind).0
+    pub(crate) fn cancel(&self) {
+        self.set.cancel_task(self.slot, self.generation, Cause::Requested);
     }
 
     fn drop_panic(&self, payload: Box<dyn Any + Send>) -> Panic {

@@ -15,7 +15,7 @@ use tower_spawn_limit::SpawnError;
 
 use super::Home;
 use crate::{
-    AtEnd,
+    AtEnd, Cause, ForcedTask, Outcome,
     ledger::{Kind, OTHER},
     lifetime::Policy,
     reaper::{Key, Runtime},
@@ -58,6 +58,10 @@ pub(super) struct Inner {
     /// Of tasks that panicked in their drop, for their handles: the runtime knows only what they
     /// panicked with. The last few, for nobody may ask.
     drop_panics: Vec<(u32, u16, Panic)>,
+    /// What a shutdown has ended.
+    // Boxed, as the index is.
+    #[expect(clippy::box_collection)]
+    pub(super) forced: Option<Box<Vec<ForcedTask>>>,
 }
 
 /// Who counts what is attempted here.
@@ -203,6 +207,7 @@ impl Inner {
             held_end: None,
             idle: None,
             drop_panics: Vec::new(),
+            forced: None,
         }
     }
 
@@ -212,6 +217,30 @@ impl Inner {
             Some(extra) if extra.is_told_alone() => extra.order,
             _ => self.order,
         }
+    }
+
+    /// Notes the task that leaves this slot, if it was the shutdown that has ended it.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn note_forced(&mut self, slot: u32, born: Instant, outcome: Outcome) {
+        let extra = self.extras.get(&slot);
+        let told = match extra {
+            Some(extra) if extra.is_told_alone() => extra.told.or(extra.order),
+            _ => self.order,
+        };
+        if told.map(Order::cause) != Some(Cause::Shutdown) {
+            return;
+        }
+        let entry = &self.tasks[slot as usize];
+        let kind = &self.kinds[usize::from(entry.kind)];
+        let task = ForcedTask {
+            name: kind.name,
+            site: kind.site,
+            age: born.elapsed().saturating_sub(in_ticks(entry.since)),
+            trace_id: extra.and_then(|extra| extra.trace_id),
+            outcome,
+        };
+        self.forced.get_or_insert_default().push(task);
     }
 
     /// Whether the task in this slot was told to end, be it that it may still go on.
@@ -337,6 +366,11 @@ impl Inner {
         let at = self.drop_panics.iter().position(is_its)?;
         Some(self.drop_panics.remove(at).2)
     }
+}
+
+/// So many ticks as time.
+pub(super) fn in_ticks(ticks: u32) -> Duration {
+    Duration::from_secs(1) * ticks / TICKS
 }
 
 fn address(name: &'static str, site: &'static Location<'static>) -> (usize, usize) {

@@ -4,14 +4,15 @@ use tower_request_context::TraceId;
 
 use super::{
     Set,
-    members::{FREE, Lifetime, TICKS},
+    members::{FREE, Lifetime, in_ticks},
 };
-use crate::{AtEnd, LiveTask, Snapshot, TaskState, ledger::Kind};
+use crate::{AtEnd, ForcedTask, LiveTask, Snapshot, TaskState, ledger::Kind};
 
 /// What was read of a set for a snapshot.
 pub(crate) struct Reading {
     kinds: Vec<Kind>,
     tasks: Vec<ReadTask>,
+    forced: Vec<ForcedTask>,
     age: Duration,
     trace_id: Option<TraceId>,
 }
@@ -31,7 +32,7 @@ impl Reading {
         for task in self.tasks {
             let kind = usize::from(task.kind);
             live[kind] += 1;
-            let since = Duration::from_secs(1) * task.since / TICKS;
+            let since = in_ticks(task.since);
             snapshot.live_tasks.push(LiveTask {
                 name: self.kinds[kind].name,
                 site: self.kinds[kind].site,
@@ -41,10 +42,23 @@ impl Reading {
                 at_end: task.at_end,
             });
         }
+        add_forced(&mut snapshot.forced_tasks, self.forced, self.trace_id);
         for (kind, live) in self.kinds.into_iter().zip(live) {
             snapshot.add(kind.name, kind.counts(live));
         }
     }
+}
+
+/// Those of a set, where a task has no trace id of its own with that of the set.
+pub(super) fn add_forced(
+    to: &mut Vec<ForcedTask>,
+    forced: Vec<ForcedTask>,
+    trace_id: Option<TraceId>,
+) {
+    to.extend(forced.into_iter().map(|task| {
+        let trace_id = task.trace_id.or(trace_id);
+        ForcedTask { trace_id, ..task }
+    }));
 }
 
 impl Set {
@@ -80,9 +94,14 @@ impl Set {
             });
         }
         let kinds = inner.kinds.to_vec();
+        let forced = inner.forced.as_deref().cloned().unwrap_or_default();
         drop(inner);
+        Reading { kinds, tasks, forced, age: self.born.elapsed(), trace_id: self.trace_id() }
+    }
+
+    /// That of the request. Not under a lock.
+    pub(crate) fn trace_id(&self) -> Option<TraceId> {
         // A part of a value: the code of others.
-        let trace_id = self.call("value", || self.context.get().copied()).flatten();
-        Reading { kinds, tasks, age: self.born.elapsed(), trace_id }
+        self.call("value", || self.context.get().copied()).flatten()
     }
 }

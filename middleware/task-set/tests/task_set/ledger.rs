@@ -278,7 +278,7 @@ async fn as_json_a_snapshot_has_exactly_these_keys() {
         "panicked",
     ];
     let mut all = set(&counts);
-    all.extend(set(&["by_name", "live_tasks"]));
+    all.extend(set(&["by_name", "forced_tasks", "live_tasks"]));
     assert_eq!(keys(&json), all);
     assert_eq!(
         (&json["attempted"], &json["live"], &json["completed"]),
@@ -298,6 +298,14 @@ async fn as_json_a_snapshot_has_exactly_these_keys() {
     other.spawn("no ids", forever()).unwrap();
     let json = serde_json::to_value(other.snapshot()).unwrap();
     assert!(json["live_tasks"][0]["trace_id"].is_null());
+
+    tasks.cancel_all();
+    settle().await;
+    let json = serde_json::to_value(tasks.snapshot()).unwrap();
+    let forced = &json["forced_tasks"][0];
+    assert_eq!(keys(forced), set(&["name", "site", "age_ms", "trace_id", "outcome"]));
+    assert_eq!((&forced["name"], &forced["outcome"]), (&"running".into(), &"cancelled".into()));
+    assert_eq!((&forced["age_ms"], &forced["trace_id"]), (&live["age_ms"], &live["trace_id"]));
 }
 
 #[tokio::test]

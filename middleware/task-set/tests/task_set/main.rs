@@ -9,7 +9,6 @@ mod blocking;
 mod context;
 #[cfg(feature = "axum")]
 mod extract;
-mod group;
 mod ledger;
 mod lifetime;
 mod log;
@@ -17,5 +16,6 @@ mod outcome;
 mod registry;
 mod runtime;
 mod set;
+mod shutdown;
 mod stop;
 mod support;
