@@ -6,6 +6,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`task_set`] | the request's tasks and the process's registry of them |
+//! | [`shutdown`] | drain on shutdown: one budget, a truthful report |
 //! | [`spawn_limit`] | bounded spawning, and bounded requests |
 //! | [`response_end`] | when a response is really over, and how |
 //! | [`request_context`] | values of the request, readable wherever its work runs |
@@ -17,7 +18,8 @@
 //! # Where each layer goes
 //!
 //! From the outside in: [`TraceIdLayer`], so that all below has the ids; [`CatchUnwindLayer`], so
-//! that a panic of whatever is below becomes an answer; [`RequestLimitLayer`] and
+//! that a panic of whatever is below becomes an answer; [`ShutdownLayer`], so that a request is
+//! over for the shutdown when it is for all below; [`RequestLimitLayer`] and
 //! [`SpawnLimitLayer`], or these around one route; [`RequestContextLayer`], so that tasks have its
 //! values; [`ResponseEndLayer`] and [`TaskSetLayer`], next to the handler. Layers that answer by
 //! themselves, a timeout for instance, go outside of the task set if the tasks shall end as with a
@@ -37,7 +39,8 @@
 //! # Features
 //!
 //! One for each module, all on by default. `axum` adds extractors and responses, through
-//! `axum-core`; `serde` adds `Serialize` for the ledger's snapshot; `full` is all of them.
+//! `axum-core`; `signal` makes SIGTERM and SIGINT start the shutdown; `serde` adds `Serialize` for the
+//! ledger's snapshot and the shutdown's report; `full` is all of them.
 
 #[cfg(feature = "catch-unwind")]
 pub use tower_catch_unwind as catch_unwind;
@@ -45,6 +48,8 @@ pub use tower_catch_unwind as catch_unwind;
 pub use tower_request_context as request_context;
 #[cfg(feature = "response-end")]
 pub use tower_response_end as response_end;
+#[cfg(feature = "shutdown")]
+pub use tower_shutdown as shutdown;
 #[cfg(feature = "spawn-limit")]
 pub use tower_spawn_limit as spawn_limit;
 #[cfg(feature = "task-set")]
@@ -58,6 +63,8 @@ pub use tower_catch_unwind::{CatchUnwindLayer, Panic};
 pub use tower_request_context::{RequestContext, RequestContextLayer};
 #[cfg(feature = "response-end")]
 pub use tower_response_end::{End, ResponseEndLayer};
+#[cfg(feature = "shutdown")]
+pub use tower_shutdown::{Report, Shutdown, ShutdownLayer, ShutdownWatch};
 #[cfg(feature = "spawn-limit")]
 pub use tower_spawn_limit::{Refused, RequestLimitLayer, SpawnError, SpawnLimit, SpawnLimitLayer};
 #[cfg(feature = "task-set")]

@@ -1,0 +1,356 @@
+use std::{
+    fmt::{self, Write},
+    marker::PhantomData,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode, Version, header, uri::PathAndQuery,
+};
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tokio::time::Instant;
+use tower_layer::Layer;
+use tower_request_context::{Dialect, RequestContext};
+use tower_response_end::{
+    Asked, BodyError, CallError, End, Hook, Http, OnEnd, Plain, Stop, StoppableBody,
+    StoppableFuture, Stopped, Waiter, Watch,
+};
+use tower_service::Service;
+use tower_task_set::Outcome;
+
+use crate::{Forced, Kind, ShutdownWatch, state::State};
+
+/// Counts the requests in flight, refuses those that come too late, and ends those that are left at
+/// the deadline.
+///
+/// See the [crate's example](crate#example).
+pub struct ShutdownLayer<P = Http> {
+    state: Arc<State>,
+    in_extensions: bool,
+    protocol: PhantomData<fn() -> P>,
+}
+
+impl ShutdownLayer {
+    pub(crate) const fn new(state: Arc<State>) -> Self {
+        Self { state, in_extensions: false, protocol: PhantomData }
+    }
+
+    /// The same layer for a `Service` of anything else than HTTP requests: there a request is in
+    /// flight until its future is ready, and what is refused or ended is a [`CallError`].
+    pub fn plain(self) -> ShutdownLayer<Plain> {
+        ShutdownLayer { state: self.state, in_extensions: false, protocol: PhantomData }
+    }
+
+    /// Puts a [`ShutdownWatch`] into the request's type map, where axum's `Extension` finds it.
+    /// Costs the allocations of the map.
+    pub const fn in_extensions(mut self) -> Self {
+        self.in_extensions = true;
+        self
+    }
+}
+
+impl<P> Clone for ShutdownLayer<P> {
+    fn clone(&self) -> Self {
+        Self { state: self.state.clone(), in_extensions: self.in_extensions, protocol: PhantomData }
+    }
+}
+
+impl<P> fmt::Debug for ShutdownLayer<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShutdownLayer")
+            .field("in_extensions", &self.in_extensions)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S, P> Layer<S> for ShutdownLayer<P> {
+    type Service = CountRequests<S, P>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        CountRequests { inner, layer: self.clone() }
+    }
+}
+
+/// Middleware that knows the requests in flight.
+#[derive(Debug)]
+pub struct CountRequests<S, P = Http> {
+    inner: S,
+    layer: ShutdownLayer<P>,
+}
+
+impl<S: Clone, P> Clone for CountRequests<S, P> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), layer: self.layer.clone() }
+    }
+}
+
+// `poll_ready` refuses nothing: a server would hang on a service that is not ready, and could not
+// answer on one that fails.
+impl<S, B, ResBody> Service<Request<B>> for CountRequests<S, Http>
+where
+    S: Service<Request<B>, Response = Response<ResBody>>,
+    ResBody: Body<Data: From<Bytes>>,
+{
+    type Response = Response<ResponseBody<ResBody>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let state = &self.layer.state;
+        let in_flight = InFlight::enter(state, || Name::of(&request));
+        let closes = (request.version() < Version::HTTP_2).then(|| state.clone());
+        if self.layer.in_extensions {
+            request.extensions_mut().insert(ShutdownWatch::new(state.clone()));
+        }
+        let (asked, dialect) = (Asked::of(&request), Dialect::of(&request));
+        let is_refused = in_flight.is_refused();
+        let inner = StoppableFuture::http(in_flight, asked, dialect, || Admitted {
+            inner: (!is_refused).then(|| self.inner.call(request)),
+        });
+        ResponseFuture { inner, closes }
+    }
+}
+
+impl<S, Req> Service<Req> for CountRequests<S, Plain>
+where
+    S: Service<Req>,
+{
+    type Response = S::Response;
+    type Error = CallError<S::Error>;
+    type Future = ResponseFuture<S::Future, Plain>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx).map_err(CallError::Inner)
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        let in_flight = InFlight::enter(&self.layer.state, || Name::Unknown);
+        let is_refused = in_flight.is_refused();
+        let inner = StoppableFuture::<_, _, Plain>::plain(in_flight, || Admitted {
+            inner: (!is_refused).then(|| self.inner.call(request)),
+        });
+        ResponseFuture { inner, closes: None }
+    }
+}
+
+pin_project! {
+    /// Response future of [`CountRequests`].
+    #[derive(Debug)]
+    #[must_use = "futures do nothing unless polled"]
+    pub struct ResponseFuture<F, P = Http> {
+        #[pin]
+        inner: StoppableFuture<Admitted<F>, InFlight, P>,
+        // Whose connection is to be closed after a response during the drain; over HTTP/2 the host
+        // sends a GOAWAY.
+        closes: Option<Arc<State>>,
+    }
+}
+
+impl<F, B, E> Future for ResponseFuture<F>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    B: Body<Data: From<Bytes>>,
+{
+    type Output = Result<Response<ResponseBody<B>>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let mut output = ready!(this.inner.poll(cx));
+        if let (Some(state), Ok(response)) = (this.closes, &mut output) {
+            if state.is_draining() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                response
+                    .headers_mut()
+                    .insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+        }
+        Poll::Ready(output.map(|response| response.map(|inner| ResponseBody { inner })))
+    }
+}
+
+impl<F, T, E> Future for ResponseFuture<F, Plain>
+where
+    F: Future<Output = Result<T, E>>,
+{
+    type Output = Result<T, CallError<E>>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.project().inner.poll(cx)
+    }
+}
+
+pin_project! {
+    /// Response body of [`CountRequests`].
+    #[derive(Debug)]
+    pub struct ResponseBody<B> {
+        #[pin]
+        inner: StoppableBody<B, InFlight>,
+    }
+}
+
+/// An empty body that nobody counts.
+impl<B: Default> Default for ResponseBody<B> {
+    fn default() -> Self {
+        Self { inner: StoppableBody::default() }
+    }
+}
+
+impl<B> Body for ResponseBody<B>
+where
+    B: Body<Data: From<Bytes>>,
+{
+    type Data = B::Data;
+    type Error = BodyError<B::Error>;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, Self::Error>>> {
+        self.project().inner.poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+pin_project! {
+    /// The future of a request that was admitted. Of one that was not there is none: it waits until
+    /// it is ended, which is at once.
+    #[derive(Debug)]
+    struct Admitted<F> {
+        #[pin]
+        inner: Option<F>,
+    }
+}
+
+impl<F: Future> Future for Admitted<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        self.project().inner.as_pin_mut().map_or(Poll::Pending, |inner| inner.poll(cx))
+    }
+}
+
+/// What is known of one request, from the call to the end of its response.
+#[derive(Debug)]
+struct InFlight {
+    hook: Hook<Leave>,
+    /// For the deadline. `None`: it was refused.
+    waiter: Option<Waiter>,
+    name: Name,
+    started: Instant,
+    is_told: bool,
+}
+
+impl InFlight {
+    fn enter(state: &Arc<State>, name: impl FnOnce() -> Name) -> Self {
+        let admitted = state.enter();
+        let leave = Leave { state: admitted.then(|| state.clone()), ended: None };
+        Self {
+            hook: Hook::new(leave),
+            waiter: admitted.then(|| state.ending.waiter()),
+            name: if admitted { name() } else { Name::Unknown },
+            started: Instant::now(),
+            is_told: false,
+        }
+    }
+
+    const fn is_refused(&self) -> bool {
+        self.waiter.is_none()
+    }
+}
+
+impl Watch for InFlight {
+    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
+        self.hook.enter(f)
+    }
+
+    fn before_drop(&mut self, end: End) {
+        self.hook.before_drop(end);
+    }
+
+    fn end(&mut self, end: End) {
+        // Told, it may still have come to its end with what it had ready.
+        if self.is_told && end == End::Disconnected {
+            if let Some(leave) = self.hook.get_mut() {
+                leave.ended = Some(Box::new(Forced {
+                    what: Kind::Request,
+                    name: self.name.to_string().into(),
+                    site: None,
+                    age: Some(self.started.elapsed()),
+                    trace_id: RequestContext::current().get().copied(),
+                    outcome: Some(Outcome::Cancelled),
+                }));
+            }
+        }
+        self.hook.end(end);
+    }
+}
+
+impl Stop for InFlight {
+    fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped> {
+        if let Some(waiter) = &mut self.waiter {
+            ready!(waiter.poll_given(cx));
+            self.is_told = true;
+        }
+        Poll::Ready(Stopped::Shutdown)
+    }
+}
+
+/// What is done when the response is over and nobody holds it any more.
+#[derive(Debug)]
+struct Leave {
+    /// `None`: it was refused.
+    state: Option<Arc<State>>,
+    ended: Option<Box<Forced>>,
+}
+
+impl OnEnd for Leave {
+    fn on_end(self, _: End) {
+        if let Some(state) = self.state {
+            state.leave(self.ended);
+        }
+    }
+}
+
+/// What a request is reported by. Nothing is copied: the path is a reference into what the server
+/// has read.
+#[derive(Debug)]
+enum Name {
+    Unknown,
+    Http(Method, Option<PathAndQuery>),
+}
+
+impl Name {
+    fn of<B>(request: &Request<B>) -> Self {
+        Self::Http(request.method().clone(), request.uri().path_and_query().cloned())
+    }
+}
+
+impl fmt::Display for Name {
+    /// The query is left out: it may hold what nobody should read.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// So much of a path is enough to find it.
+        const MAX: usize = 256;
+        match self {
+            Self::Unknown => f.write_str("unknown"),
+            Self::Http(method, None) => write!(f, "{method}"),
+            Self::Http(method, Some(path)) => {
+                write!(f, "{method} ")?;
+                path.path().escape_default().take(MAX).try_for_each(|char| f.write_char(char))
+            }
+        }
+    }
+}

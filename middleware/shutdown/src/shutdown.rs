@@ -1,0 +1,378 @@
+use std::{
+    error::Error,
+    fmt,
+    future::{self, poll_fn},
+    io,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::time::{Instant, Sleep, sleep_until};
+use tower_catch_unwind::catch;
+use tower_task_set::TaskRegistry;
+
+use crate::{
+    PlanError, Report, ShutdownLayer, ShutdownWatch,
+    plan::{Course, Phase},
+    state::State,
+};
+
+/// How often a shutdown that waits says so.
+const PROGRESS: Duration = Duration::from_secs(1);
+
+/// The shutdown of a server: one budget, from the first signal to the report.
+///
+/// A clone is the same shutdown, and what is chosen on it is chosen for all. Dropping it changes
+/// nothing: without [`run`](Self::run), [`finish`](Self::finish) or
+/// [`signalled`](Self::signalled) it does nothing at all.
+///
+/// See the [crate's example](crate#example).
+#[derive(Clone)]
+pub struct Shutdown(Arc<State>);
+
+impl Shutdown {
+    /// A shutdown that takes at most `budget`.
+    ///
+    /// How to choose it: under Kubernetes `terminationGracePeriodSeconds` less what `preStop` takes
+    /// and less two seconds; elsewhere what your supervisor waits before it kills. Zero ends
+    /// everything at once, and destructors still run. `Duration::MAX` waits for as long as it takes.
+    pub fn new(budget: Duration) -> Self {
+        Self(Arc::new(State::new(budget)))
+    }
+
+    /// Drains the tasks of `registry` too. Several registries share the budget. What was added when
+    /// the shutdown has begun is drained, and missing in the figures of its beginning.
+    pub fn tasks(self, registry: &TaskRegistry) -> Self {
+        let mut settings = self.0.settings();
+        let is_new = settings.registries.iter().all(|known| !known.is_same(registry));
+        if is_new {
+            settings.registries.push(registry.clone());
+        }
+        drop(settings);
+        self
+    }
+
+    /// Serves on for so long after the first signal, while [`ShutdownWatch::is_ready`] is false
+    /// already. A part of the budget; none by default.
+    ///
+    /// How to choose it: as long as your load balancer takes to see that and to send nothing more,
+    /// which is the period of its health check times the failures that it wants. Under Kubernetes
+    /// `preStop` does the same outside of the process.
+    pub fn settle(self, delay: Duration) -> Self {
+        self.0.settings().plan.settle = delay;
+        self
+    }
+
+    /// Tells requests and tasks to end so long before the budget is spent. It is the time of
+    /// graceful tasks to come to their end, and of the server to hand out the last answers. The
+    /// default is a fifth of the budget, one second at most.
+    ///
+    /// How to choose it: as long as your graceful tasks need once they are told.
+    pub fn grace(self, grace: Duration) -> Self {
+        self.0.settings().plan.grace = Some(grace);
+        self
+    }
+
+    /// Refuses requests that come when the server has stopped accepting: over connections that were
+    /// open then. By default they are served until the server has ended, as the client cannot know
+    /// better: an HTTP/1 client learns it from a `Connection: close`, an HTTP/2 client from a GOAWAY
+    /// that is on its way.
+    pub fn refuse_late(self) -> Self {
+        self.0.settings().refuse_late = true;
+        self
+    }
+
+    /// Begins at [`begin`](Self::begin) and at nothing else.
+    pub fn without_signals(self) -> Self {
+        self.0.settings().signals = false;
+        self
+    }
+
+    /// The layer that knows the requests in flight.
+    pub fn layer(&self) -> ShutdownLayer {
+        ShutdownLayer::new(self.0.clone())
+    }
+
+    /// A handle for handlers: whether the server is ready, and when it drains.
+    pub fn watch(&self) -> ShutdownWatch {
+        ShutdownWatch::new(self.0.clone())
+    }
+
+    /// Whether the plan fits in the budget. [`run`](Self::run) asks this first; for hosts that are
+    /// driven by hand, ask it at start-up.
+    ///
+    /// # Errors
+    ///
+    /// [`PlanError`] if it does not.
+    pub fn check(&self) -> Result<(), PlanError> {
+        self.0.settings().plan.check()
+    }
+
+    /// Begins the shutdown, as the first signal does. Once; what comes later changes nothing.
+    ///
+    /// It returns at once, and can be called anywhere: in a handler, in a task, outside of a
+    /// runtime.
+    pub fn begin(&self) {
+        self.0.begin();
+    }
+
+    /// Waits for the moment to stop accepting: for the signal, and then the settle delay. It is what
+    /// servers call their shutdown signal.
+    ///
+    /// With the feature `signal`, SIGTERM and SIGINT are listened to from its first poll on, or from
+    /// that of [`run`](Self::run). If that fails, it says so in the log.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: made anew, it goes on where it was.
+    pub fn signalled(&self) -> impl Future<Output = ()> + Send + use<> {
+        let state = self.0.clone();
+        async move {
+            if let Err(error) = state.keep() {
+                tracing::error!(%error, "cannot listen to signals: only `begin` begins the shutdown");
+            }
+            state.settled().await;
+        }
+    }
+
+    /// Serves until the signal, and then drains: returns when the server, its requests and its tasks
+    /// are done, or the budget is spent, and drops the server.
+    ///
+    /// `server` should stop accepting when [`signalled`](Self::signalled) is ready. A server that
+    /// ends by itself starts the shutdown too.
+    ///
+    /// A second signal cuts the shutdown short: what would come at the deadline comes at once. A
+    /// third exits the process, with 128 and the number of the signal. So does a runtime that is so
+    /// stuck that this is not even polled for a second after the budget, with the report's code.
+    ///
+    /// # Errors
+    ///
+    /// [`RunError`]: before it serves, if the plan does not fit or signals cannot be listened to; and
+    /// when all is done, if the server has ended with an error.
+    ///
+    /// # Panics
+    ///
+    /// If the server does.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe: dropped, it drops the server. What goes on is then yours to
+    /// [finish](Self::finish).
+    pub async fn run<S, T, E>(&self, server: S) -> Result<Report, RunError<E>>
+    where
+        S: IntoFuture<Output = Result<T, E>>,
+    {
+        self.check().map_err(RunError::Plan)?;
+        self.0.keep().map_err(RunError::Signals)?;
+        let server = pin!(server.into_future());
+        let (report, ended) = self.drive(Server::Serves(server)).await;
+        match ended {
+            Some(Err(error)) => Err(RunError::Server { error, report: Box::new(report) }),
+            Some(Ok(_)) | None => Ok(report),
+        }
+    }
+
+    /// Drains now, for hosts that are driven by hand: when they accept nothing more. Returns when
+    /// requests and tasks are done, or the budget is spent.
+    ///
+    /// Connections are the host's: it has to tell them to end, and to drop them afterwards.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: the shutdown stands still until it is called again; the time goes on.
+    pub async fn finish(&self) -> Report {
+        if let Err(error) = self.0.keep() {
+            tracing::error!(%error, "the shutdown has no thread: only the runtime's clock counts");
+        }
+        self.0.begin();
+        let server = Server::<future::Ready<()>>::Ended(None);
+        self.drive(server).await.0
+    }
+
+    async fn drive<F: Future>(&self, mut server: Server<'_, F>) -> (Report, Option<F::Output>) {
+        let state = &*self.0;
+        let _driver = state.driver();
+        let mut course = None;
+        let mut alarm = Alarm::new();
+        let mut left = pin!(self.left());
+        let mut pulse = Box::pin(state.pulse());
+        let report = poll_fn(|cx| {
+            state.beat();
+            // Made anew before anything is looked at: what comes after that is not missed.
+            while pulse.as_mut().poll(cx).is_ready() {
+                pulse.set(state.pulse());
+            }
+            if server.poll_ended(cx) {
+                state.begin();
+            }
+            let Some(begun) = state.begun() else { return Poll::Pending };
+            let now = Instant::now();
+            let course = course.get_or_insert_with(|| {
+                alarm.progress = now.checked_add(PROGRESS);
+                Course::new(&begun.plan, begun.at)
+            });
+            if server.has_ended() {
+                course.skip_settling(now);
+            }
+            if state.is_hurried() {
+                course.hurry(now);
+            }
+            loop {
+                let is_draining = course.phase() >= Phase::Draining;
+                let done = is_draining && server.has_ended() && left.as_mut().poll(cx).is_ready();
+                match course.step(now, done) {
+                    None => break,
+                    Some(Phase::Settling) => {}
+                    Some(Phase::Draining) => state.drain(),
+                    Some(Phase::Cancelling) => state.cancel(),
+                    Some(Phase::Aborting) => state.abort(),
+                    // Before the server is dropped: what goes with it was not done.
+                    Some(Phase::Over) => return Poll::Ready(state.over(server.has_ended())),
+                }
+                // It may have ended by that.
+                server.poll_ended(cx);
+            }
+            alarm.poll(cx, course, state);
+            Poll::Pending
+        })
+        .await;
+        (report, server.into_output())
+    }
+
+    /// Waits until requests and tasks are done.
+    async fn left(&self) {
+        self.0.requests.close();
+        self.0.requests.idle().await;
+        let registries = self.0.registries();
+        for registry in &registries {
+            registry.idle().await;
+        }
+        for registry in &registries {
+            registry.close();
+            registry.wait().await;
+        }
+    }
+}
+
+impl fmt::Debug for Shutdown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shutdown")
+            .field("settings", &*self.0.settings())
+            .field("watch", &self.watch())
+            .finish()
+    }
+}
+
+/// A server, and then what it ended with.
+enum Server<'a, F: Future> {
+    Serves(Pin<&'a mut F>),
+    Ended(Option<F::Output>),
+}
+
+impl<F: Future> Server<'_, F> {
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> bool {
+        if let Self::Serves(server) = self {
+            let Poll::Ready(output) = server.as_mut().poll(cx) else { return false };
+            *self = Self::Ended(Some(output));
+        }
+        true
+    }
+
+    const fn has_ended(&self) -> bool {
+        matches!(self, Self::Ended(_))
+    }
+
+    fn into_output(self) -> Option<F::Output> {
+        match self {
+            Self::Serves(_) => None,
+            Self::Ended(output) => output,
+        }
+    }
+}
+
+/// Wakes for the next phase, and for a line of progress.
+struct Alarm {
+    sleep: Option<Pin<Box<Sleep>>>,
+    /// There is no time driver: the shutdown's thread has to do.
+    timeless: bool,
+    progress: Option<Instant>,
+}
+
+impl Alarm {
+    const fn new() -> Self {
+        Self { sleep: None, timeless: false, progress: None }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, course: &Course, state: &State) {
+        loop {
+            let now = Instant::now();
+            if self.progress.is_some_and(|at| at <= now) {
+                self.progress = now.checked_add(PROGRESS);
+                let (requests, tasks) = state.left();
+                let remaining = course.deadline().map(|at| at.saturating_duration_since(now));
+                tracing::info!(requests, tasks, ?remaining, "shutting down");
+            }
+            let next = course.end().into_iter().chain(self.progress).min();
+            let Some(next) = next.filter(|_| !self.timeless) else { return };
+            if let Some(sleep) = &mut self.sleep {
+                if sleep.deadline() != next {
+                    sleep.as_mut().reset(next);
+                }
+            } else {
+                // A runtime without a time driver panics here, and there is no way to ask it.
+                self.sleep = catch(|| Box::pin(sleep_until(next))).ok();
+            }
+            let Some(sleep) = &mut self.sleep else {
+                self.timeless = true;
+                return;
+            };
+            if sleep.as_mut().poll(cx).is_pending() {
+                return;
+            }
+            if course.end().is_some_and(|end| end <= Instant::now()) {
+                // It is looked at in the next poll.
+                cx.waker().wake_by_ref();
+                return;
+            }
+        }
+    }
+}
+
+/// Why [`Shutdown::run`] has no report to return.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum RunError<E> {
+    /// The plan does not fit in the budget. Nothing was served.
+    Plan(PlanError),
+    /// Signals cannot be listened to, or the thread for that cannot be started. Nothing was served.
+    Signals(io::Error),
+    /// The server has ended with an error. Requests and tasks were drained all the same.
+    Server {
+        /// The error.
+        error: E,
+        /// The report.
+        report: Box<Report>,
+    },
+}
+
+impl<E: fmt::Display> fmt::Display for RunError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plan(error) => error.fmt(f),
+            Self::Signals(error) => write!(f, "cannot listen to signals: {error}"),
+            Self::Server { error, report } => write!(f, "the server has failed: {error}; {report}"),
+        }
+    }
+}
+
+impl<E: Error + 'static> Error for RunError<E> {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Plan(error) => Some(error),
+            Self::Signals(error) => Some(error),
+            Self::Server { error, .. } => Some(error),
+        }
+    }
+}

@@ -1,0 +1,421 @@
+use std::{
+    fmt,
+    future::poll_fn,
+    pin::pin,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    task::Poll,
+    time::Duration,
+};
+
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+use tower_catch_unwind::catch;
+use tower_response_end::Signal;
+use tower_task_set::{Counts, TaskRegistry};
+
+use crate::{
+    Drained, Forced, Kind, Report, Requests,
+    in_flight::{InFlight, Reading},
+    keeper,
+    plan::Plan,
+};
+
+/// What all handles of a shutdown share.
+pub(crate) struct State {
+    settings: Mutex<Settings>,
+    pub(crate) requests: InFlight,
+    refused: AtomicU64,
+    /// The requests that were ended, in the same critical section in which they left.
+    ended: Mutex<Vec<Forced>>,
+    begun: OnceLock<Begun>,
+    /// The server is to accept nothing more.
+    pub(crate) draining: CancellationToken,
+    /// The same, for who looks at every response.
+    is_draining: AtomicBool,
+    /// The requests in flight are to end.
+    pub(crate) ending: Signal,
+    signals: AtomicU8,
+    hurry: OnceLock<std::time::Instant>,
+    /// Something has happened, or it is time to look at the clock.
+    pulse: Notify,
+    /// Wakes the keeper.
+    pub(crate) woken: Arc<Notify>,
+    keeper: Mutex<bool>,
+    drivers: AtomicUsize,
+    beats: AtomicUsize,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) plan: Plan,
+    pub(crate) refuse_late: bool,
+    pub(crate) signals: bool,
+    pub(crate) registries: Vec<TaskRegistry>,
+}
+
+/// What was so when it began.
+#[derive(Debug)]
+pub(crate) struct Begun {
+    pub(crate) at: Instant,
+    /// The same on a clock that no test can pause: it is what a thread can see.
+    real: std::time::Instant,
+    pub(crate) plan: Plan,
+    requests: Reading,
+    tasks: Counts,
+}
+
+impl State {
+    pub(crate) fn new(budget: Duration) -> Self {
+        Self {
+            settings: Mutex::new(Settings {
+                plan: Plan { budget, settle: Duration::ZERO, grace: None },
+                refuse_late: false,
+                signals: true,
+                registries: Vec::new(),
+            }),
+            requests: InFlight::default(),
+            refused: AtomicU64::new(0),
+            ended: Mutex::default(),
+            begun: OnceLock::new(),
+            draining: CancellationToken::new(),
+            is_draining: AtomicBool::new(false),
+            ending: Signal::new(),
+            signals: AtomicU8::new(0),
+            hurry: OnceLock::new(),
+            pulse: Notify::new(),
+            woken: Arc::default(),
+            keeper: Mutex::new(false),
+            drivers: AtomicUsize::new(0),
+            beats: AtomicUsize::new(0),
+        }
+    }
+
+    pub(crate) fn settings(&self) -> MutexGuard<'_, Settings> {
+        lock(&self.settings)
+    }
+
+    pub(crate) fn registries(&self) -> Vec<TaskRegistry> {
+        self.settings().registries.clone()
+    }
+
+    /// Listens to signals, and has a clock of its own, from now on.
+    pub(crate) fn keep(self: &Arc<Self>) -> std::io::Result<()> {
+        let mut kept = lock(&self.keeper);
+        if !*kept {
+            let signals = self.settings().signals;
+            keeper::start(self, signals)?;
+            *kept = true;
+        }
+        Ok(())
+    }
+
+    /// Begins, if it has not.
+    pub(crate) fn begin(&self) -> &Begun {
+        if let Some(begun) = self.begun.get() {
+            return begun;
+        }
+        let plan = self.settings().plan;
+        // Not in the initialization: a snapshot may run the code of others.
+        let begun = Begun {
+            at: Instant::now(),
+            real: std::time::Instant::now(),
+            plan,
+            requests: self.requests.read(),
+            tasks: self.tasks(),
+        };
+        let (requests, tasks) = (begun.requests.in_flight, begun.tasks.live);
+        if self.begun.set(begun).is_ok() {
+            tracing::info!(budget = ?plan.budget, requests, tasks, "shutting down");
+            self.tell();
+            self.woken.notify_one();
+        }
+        self.begun.get().expect("it was set, now or by another")
+    }
+
+    pub(crate) fn begun(&self) -> Option<&Begun> {
+        self.begun.get()
+    }
+
+    pub(crate) fn has_begun(&self) -> bool {
+        self.begun.get().is_some()
+    }
+
+    /// Waits until it has begun.
+    pub(crate) async fn beginning(&self) -> &Begun {
+        loop {
+            // First listen, then look.
+            let told = self.pulse();
+            if let Some(begun) = self.begun() {
+                return begun;
+            }
+            told.await;
+        }
+    }
+
+    /// Waits for the moment to stop accepting, and sees to it that it comes.
+    pub(crate) async fn settled(&self) {
+        let begun = self.beginning().await;
+        let settle = begun.plan.settle.min(begun.plan.budget);
+        let until = begun.at.checked_add(settle);
+        // Without a time driver whoever drives the shutdown sees to it.
+        let sleep = until.and_then(|until| catch(|| sleep_until(until)).ok());
+        let drained = self.draining.cancelled();
+        match sleep {
+            _ if settle.is_zero() => {}
+            Some(sleep) => first(sleep, drained).await,
+            None => drained.await,
+        }
+        self.drain();
+    }
+
+    /// The server is to accept nothing more.
+    pub(crate) fn drain(&self) {
+        if self.draining.is_cancelled() {
+            return;
+        }
+        for registry in self.registries() {
+            registry.begin_drain();
+        }
+        if self.settings().refuse_late {
+            self.requests.close();
+        }
+        self.is_draining.store(true, Relaxed);
+        self.draining.cancel();
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        // Relaxed: nothing hangs on it but a header.
+        self.is_draining.load(Relaxed)
+    }
+
+    /// Requests and tasks are to end.
+    pub(crate) fn cancel(&self) {
+        self.requests.close();
+        self.ending.give();
+        for registry in self.registries() {
+            registry.close();
+            registry.cancel_all();
+        }
+    }
+
+    pub(crate) fn abort(&self) {
+        for registry in self.registries() {
+            registry.abort_all();
+        }
+    }
+
+    /// Nothing more is accepted; what is so now is the report.
+    pub(crate) fn over(&self, server_ended: bool) -> Report {
+        self.drain();
+        self.requests.close();
+        for registry in self.registries() {
+            registry.close();
+        }
+        self.report(server_ended)
+    }
+
+    /// What would come at the deadline comes now.
+    pub(crate) fn hurry(&self) {
+        self.begin();
+        if self.hurry.set(std::time::Instant::now()).is_ok() {
+            tracing::warn!("the shutdown is cut short");
+            self.tell();
+        }
+    }
+
+    pub(crate) fn is_hurried(&self) -> bool {
+        self.hurry.get().is_some()
+    }
+
+    /// Which signal this is.
+    pub(crate) fn count_signal(&self) -> u8 {
+        self.signals.fetch_add(1, Relaxed).saturating_add(1)
+    }
+
+    /// Whether a request is admitted. What is refused is counted.
+    pub(crate) fn enter(&self) -> bool {
+        let admitted = self.requests.enter();
+        if !admitted {
+            self.refused.fetch_add(1, Relaxed);
+        }
+        admitted
+    }
+
+    pub(crate) fn leave(&self, ended: Option<Box<Forced>>) {
+        match ended {
+            None => self.requests.leave(),
+            Some(forced) => {
+                let mut ended = lock(&self.ended);
+                ended.push(*forced);
+                let is_last = self.requests.leave_silently();
+                drop(ended);
+                if is_last {
+                    self.requests.tell();
+                }
+            }
+        }
+    }
+
+    /// Whoever drives the shutdown looks again.
+    pub(crate) fn tell(&self) {
+        self.pulse.notify_waiters();
+    }
+
+    pub(crate) fn pulse(&self) -> impl Future<Output = ()> {
+        self.pulse.notified()
+    }
+
+    /// Whoever has this drives the shutdown.
+    pub(crate) fn driver(&self) -> Driver<'_> {
+        self.drivers.fetch_add(1, Relaxed);
+        self.woken.notify_one();
+        Driver(self)
+    }
+
+    /// Whether it goes on, and somebody drives it.
+    pub(crate) fn is_driven(&self) -> bool {
+        self.has_begun() && self.drivers.load(Relaxed) > 0
+    }
+
+    pub(crate) fn beat(&self) {
+        self.beats.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn beats(&self) -> usize {
+        self.beats.load(Relaxed)
+    }
+
+    /// Whether it should have been over so long ago.
+    pub(crate) fn is_overdue_by(&self, time: Duration) -> bool {
+        let Some(begun) = self.begun() else { return false };
+        let budget_spent = begun.real.checked_add(begun.plan.budget);
+        let end = budget_spent.into_iter().chain(self.hurry.get().copied()).min();
+        end.is_some_and(|end| end.elapsed() > time)
+    }
+
+    /// How many requests are in flight, and how many tasks live.
+    pub(crate) fn left(&self) -> (u32, usize) {
+        let tasks = self.registries().iter().map(TaskRegistry::len).sum();
+        (self.requests.read().in_flight, tasks)
+    }
+
+    fn tasks(&self) -> Counts {
+        let mut tasks = Counts::default();
+        for registry in self.registries() {
+            tasks += registry.snapshot().totals;
+        }
+        tasks
+    }
+
+    pub(crate) fn report(&self, server_ended: bool) -> Report {
+        let begun = self.begin();
+        let ended = lock(&self.ended);
+        let now = self.requests.read();
+        let mut forced = ended.clone();
+        drop(ended);
+        let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+        let mut requests = Requests {
+            at_begin: begun.requests.in_flight.into(),
+            later: now.entered_since(begun.requests).into(),
+            refused: self.refused.load(Relaxed),
+            completed: 0,
+            ended: count(forced.len()),
+            left: now.in_flight.into(),
+        };
+        requests.completed = requests.at_begin + requests.later - requests.ended - requests.left;
+        forced.extend((0..now.in_flight).map(|_| Forced::unknown_request()));
+        let mut tasks = Counts::default();
+        for registry in self.registries() {
+            let snapshot = registry.snapshot();
+            tasks += snapshot.totals;
+            forced.extend(snapshot.forced_tasks.iter().map(Forced::ended_task));
+            forced.extend(snapshot.live_tasks.iter().map(Forced::live_task));
+        }
+        Report {
+            took: begun.at.elapsed(),
+            budget: begun.plan.budget,
+            server_ended,
+            requests,
+            drained: Drained::between(&begun.tasks, &tasks),
+            tasks,
+            forced,
+        }
+    }
+}
+
+impl Forced {
+    const fn unknown_request() -> Self {
+        Self {
+            what: Kind::Request,
+            name: std::borrow::Cow::Borrowed("unknown"),
+            site: None,
+            age: None,
+            trace_id: None,
+            outcome: None,
+        }
+    }
+
+    fn ended_task(task: &tower_task_set::ForcedTask) -> Self {
+        Self {
+            what: Kind::Task,
+            name: task.name.into(),
+            site: Some(task.site),
+            age: Some(task.age),
+            trace_id: task.trace_id,
+            outcome: Some(task.outcome),
+        }
+    }
+
+    fn live_task(task: &tower_task_set::LiveTask) -> Self {
+        Self {
+            what: Kind::Task,
+            name: task.name.into(),
+            site: Some(task.site),
+            age: Some(task.age),
+            trace_id: task.trace_id,
+            outcome: None,
+        }
+    }
+}
+
+/// The keeper must not wait for what is gone.
+impl Drop for State {
+    fn drop(&mut self) {
+        self.woken.notify_one();
+    }
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State").field("begun", &self.begun).finish_non_exhaustive()
+    }
+}
+
+/// Somebody drives the shutdown.
+pub(crate) struct Driver<'a>(&'a State);
+
+impl Drop for Driver<'_> {
+    fn drop(&mut self) {
+        self.0.drivers.fetch_sub(1, Relaxed);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for either.
+async fn first(one: impl Future<Output = ()>, other: impl Future<Output = ()>) {
+    let (mut one, mut other) = (pin!(one), pin!(other));
+    poll_fn(|cx| match one.as_mut().poll(cx) {
+        Poll::Ready(()) => Poll::Ready(()),
+        Poll::Pending => other.as_mut().poll(cx),
+    })
+    .await;
+}

@@ -1,0 +1,767 @@
+//! The shutdown through its public API, on a paused clock: its phases, its requests, its tasks, and
+//! what it reports. With real signals and sockets it is in the repository's `tests/`.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    convert::Infallible,
+    error::Error,
+    future::{Future, pending, ready},
+    io,
+    pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, Version, header};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::{BodyExt, Full};
+use tokio::{
+    sync::Notify,
+    time::{Instant, advance, sleep},
+};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
+use tower_request_context::{RequestContext, TraceId};
+use tower_response_end::hold;
+use tower_shutdown::{
+    BodyError, CallError, Drained, Kind, Report, Requests, RunError, Shutdown, ShutdownLayer,
+    ShutdownWatch,
+};
+use tower_task_set::{Outcome, SpawnError, TaskRegistry, TaskSet, TaskSetLayer};
+
+const fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+const BUDGET: Duration = secs(25);
+
+/// Without signals: what belongs to the process is not for a test.
+fn shutdown() -> Shutdown {
+    Shutdown::new(BUDGET).without_signals()
+}
+
+type Reply = Result<Response<Full<Bytes>>, Infallible>;
+
+/// A server that ends when it is told to.
+fn server(shutdown: &Shutdown) -> impl Future<Output = Result<(), Infallible>> + use<> {
+    let signalled = shutdown.signalled();
+    async move {
+        signalled.await;
+        Ok(())
+    }
+}
+
+async fn settle() {
+    for _ in 0..8 {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn poll_once<F: Future>(future: Pin<&mut F>) -> Poll<F::Output> {
+    future.poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// A request whose handler waits for ever.
+fn stuck_request(
+    layer: &ShutdownLayer,
+) -> tower_shutdown::ResponseFuture<impl Future<Output = Reply> + use<>> {
+    layer.layer(service_fn(|_: Request<()>| pending::<Reply>())).call(Request::new(()))
+}
+
+fn report_of(forced: &Report) -> Vec<(Kind, &str, Option<Outcome>)> {
+    forced.forced().iter().map(|it| (it.what, &*it.name, it.outcome)).collect()
+}
+
+#[track_caller]
+fn assert_adds_up(report: &Report) {
+    let Requests { at_begin, later, completed, ended, left, .. } = report.requests;
+    assert_eq!(at_begin + later, completed + ended + left, "{report}");
+    let of = report.drained;
+    let gone = of.completed + of.cancelled + of.aborted + of.timed_out + of.panicked;
+    assert_eq!(of.at_begin + of.spawned, gone + of.left, "{report}");
+    assert!(report.tasks.is_exact(), "{report}");
+    assert_eq!(report.tasks.live, of.left);
+    assert_eq!(report.exit_code(), i32::from(!report.forced().is_empty()));
+}
+
+// The course of it
+
+#[tokio::test(start_paused = true)]
+async fn a_server_with_nothing_to_do_is_over_at_once() {
+    let shutdown = shutdown();
+    let start = Instant::now();
+    let mut run = pin!(shutdown.run(server(&shutdown)));
+    assert!(poll_once(run.as_mut()).is_pending());
+    assert!(shutdown.watch().is_ready());
+    shutdown.begin();
+    shutdown.clone().begin();
+    let report = run.await.unwrap();
+    assert_eq!(start.elapsed(), Duration::ZERO);
+    assert!(report.server_ended && report.forced().is_empty());
+    assert_eq!((report.exit_code(), report.took, report.budget), (0, Duration::ZERO, BUDGET));
+    assert_adds_up(&report);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_ends_by_itself_starts_the_shutdown_and_its_error_comes_with_the_report() {
+    let tasks = TaskRegistry::new();
+    let start = || tasks.spawn("task", sleep(secs(3))).unwrap();
+    start();
+    let ended = Shutdown::new(BUDGET).without_signals().settle(secs(5)).tasks(&tasks);
+    let report = ended.run(ready(Ok::<_, io::Error>(()))).await.unwrap();
+    assert_eq!(report.took, secs(3), "no load balancer is waited for");
+    assert_eq!(report.drained.completed, 1);
+
+    let tasks = TaskRegistry::new();
+    tasks.spawn("task", sleep(secs(3))).unwrap();
+    let failed = shutdown().tasks(&tasks);
+    let error = failed.run(ready(Err::<(), _>(io::Error::other("no port")))).await.unwrap_err();
+    let RunError::Server { report, .. } = &error else { panic!("{error}") };
+    assert_eq!((report.took, report.drained.completed), (secs(3), 1));
+    assert!(error.to_string().contains("no port") && error.to_string().contains("1 completed"));
+    assert_eq!(error.source().unwrap().to_string(), "no port");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_plan_that_cannot_fit_is_an_error_before_anything_is_served() {
+    for unfit in [
+        Shutdown::new(secs(5)).settle(secs(6)),
+        Shutdown::new(secs(5)).settle(secs(3)).grace(secs(3)),
+        Shutdown::new(secs(5)).settle(Duration::MAX).grace(Duration::MAX),
+    ] {
+        let error = unfit.check().unwrap_err();
+        let served = AtomicBool::new(false);
+        let server = async {
+            served.store(true, SeqCst);
+            Ok::<_, Infallible>(())
+        };
+        match unfit.run(server).await.unwrap_err() {
+            RunError::Plan(found) => assert_eq!(found, error),
+            other => panic!("{other}"),
+        }
+        assert!(!served.into_inner());
+    }
+    Shutdown::new(secs(5)).settle(secs(3)).grace(secs(2)).check().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn readiness_is_gone_first_and_the_server_serves_on_for_the_settle_delay() {
+    let shutdown = shutdown().settle(secs(5));
+    let watch = shutdown.watch();
+    let start = Instant::now();
+    let mut run = pin!(shutdown.run(server(&shutdown)));
+    assert!(poll_once(run.as_mut()).is_pending());
+    assert!(watch.is_ready() && !watch.is_draining());
+    shutdown.begin();
+    assert!(!watch.is_ready() && !watch.is_draining());
+    let mut service =
+        shutdown.layer().layer(service_fn(|_: Request<()>| ready(Reply::Ok(Response::default()))));
+    let mut draining = pin!(watch.draining());
+    assert!(poll_once(draining.as_mut()).is_pending());
+    let served = service.ready().await.unwrap().call(Request::new(())).await.unwrap();
+    assert_eq!(served.status(), 200);
+    assert!(!served.headers().contains_key(header::CONNECTION), "others are welcome still");
+    drop(served);
+    let report = run.await.unwrap();
+    assert_eq!((start.elapsed(), report.took), (secs(5), secs(5)));
+    draining.await;
+    assert!(watch.is_draining() && watch.token().is_cancelled());
+    assert_eq!((report.requests.later, report.requests.completed), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_then_their_tasks_then_kept_ones_have_all_of_the_budget() {
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks);
+    let service = ServiceBuilder::new()
+        .layer(shutdown.layer())
+        .layer(TaskSetLayer::new(&tasks))
+        .service(service_fn(|_: Request<()>| async {
+            sleep(secs(10)).await;
+            // In flight: it may still spawn, and so may its task.
+            let set = TaskSet::current().unwrap();
+            let child = set.clone();
+            set.spawn("task", async move {
+                sleep(secs(5)).await;
+                child.spawn("child", sleep(secs(5))).map(drop).map_err(|refused| refused.reason)
+            })
+            .unwrap();
+            Reply::Ok(Response::default())
+        }));
+    tasks.spawn("kept", sleep(secs(23))).unwrap();
+    let request = tokio::spawn(async move {
+        let response = service.oneshot(Request::new(())).await.unwrap();
+        (response.status(), response.into_body().collect().await.is_ok())
+    });
+    settle().await;
+    let start = Instant::now();
+    shutdown.begin();
+    let report = shutdown.run(server(&shutdown)).await.unwrap();
+    assert_eq!(start.elapsed(), secs(23));
+    assert_eq!(request.await.unwrap(), (StatusCode::OK, true));
+    assert_eq!(report.drained, {
+        let mut expected = Drained::default();
+        (expected.at_begin, expected.spawned, expected.completed) = (1, 2, 3);
+        expected
+    });
+    assert_eq!(report.requests, {
+        let mut expected = Requests::default();
+        (expected.at_begin, expected.completed) = (1, 1);
+        expected
+    });
+    assert_adds_up(&report);
+    assert_eq!(tasks.spawn("late", async {}).unwrap_err().reason, SpawnError::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_does_not_come_to_its_end_is_cancelled_before_the_deadline_and_aborted_at_it() {
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks).grace(secs(4));
+    let line = line!() + 1;
+    let cancelled = tasks.spawn("cancelled", pending::<()>()).unwrap();
+    let graceful = tasks.spawn_graceful("graceful", async |stop| {
+        stop.cancelled().await;
+        sleep(secs(3)).await;
+        Instant::now()
+    });
+    tasks
+        .task("goes on")
+        .grace(secs(3600))
+        .spawn_graceful(async |_| pending::<()>().await)
+        .unwrap();
+    let start = Instant::now();
+    let report = shutdown.finish().await;
+    assert_eq!(graceful.unwrap().await.unwrap() - start, secs(24));
+    assert!(cancelled.await.is_err());
+    assert_eq!((start.elapsed(), report.took), (BUDGET, BUDGET));
+    let mut forced = report_of(&report);
+    forced.sort_unstable_by_key(|(what, name, _)| (*what, *name));
+    assert_eq!(
+        forced,
+        [
+            (Kind::Task, "cancelled", Some(Outcome::Cancelled)),
+            (Kind::Task, "goes on", Some(Outcome::Aborted)),
+        ]
+    );
+    let named = report.forced().iter().find(|it| it.name == "cancelled").unwrap();
+    assert_eq!((named.site.unwrap().line(), named.age), (line, Some(secs(21))));
+    assert_eq!((report.exit_code(), report.drained.completed), (1, 1));
+    assert_adds_up(&report);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_budget_of_zero_ends_all_at_once_and_destructors_run() {
+    struct OnDrop(Arc<AtomicBool>);
+    impl Drop for OnDrop {
+        fn drop(&mut self) {
+            self.0.store(true, SeqCst);
+        }
+    }
+    let tasks = TaskRegistry::new();
+    let shutdown = Shutdown::new(Duration::ZERO).without_signals().tasks(&tasks);
+    let dropped = Arc::new(AtomicBool::new(false));
+    let on_drop = OnDrop(dropped.clone());
+    let task = async move {
+        let _on_drop = on_drop;
+        pending::<()>().await;
+    };
+    tasks.spawn("task", task).unwrap();
+    tasks.spawn_graceful("graceful", async |_| pending::<()>().await).unwrap();
+    let request = tokio::spawn(stuck_request(&shutdown.layer()));
+    settle().await;
+    let start = Instant::now();
+    shutdown.begin();
+    let report = shutdown.run(server(&shutdown)).await.unwrap();
+    assert_eq!(start.elapsed(), Duration::ZERO, "nothing is waited for that does as it is told");
+    assert!(dropped.load(SeqCst));
+    assert_eq!(request.await.unwrap().unwrap().status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(report.forced().len(), 3);
+    assert_adds_up(&report);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_does_not_end_is_dropped_when_the_budget_is_spent() {
+    let shutdown = shutdown();
+    let dropped = Arc::new(());
+    let held = dropped.clone();
+    let server = async move {
+        let end = pending::<Result<(), Infallible>>().await;
+        drop(held);
+        end
+    };
+    let start = Instant::now();
+    shutdown.begin();
+    let report = shutdown.run(server).await.unwrap();
+    assert_eq!(start.elapsed(), BUDGET + Duration::from_millis(100));
+    assert_eq!(Arc::strong_count(&dropped), 1);
+    assert!(!report.server_ended);
+    assert!(report.to_string().contains("connections left"), "{report}");
+    assert_eq!((report.forced().len(), report.exit_code()), (0, 0), "nobody waited for anything");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_budget_without_an_end_waits_as_long_as_it_takes() {
+    let tasks = TaskRegistry::new();
+    let shutdown = Shutdown::new(Duration::MAX).without_signals().tasks(&tasks);
+    let year = secs(365 * 24 * 3600);
+    tasks
+        .spawn("task", async move {
+            let end = Instant::now() + year;
+            while Instant::now() < end {
+                advance(secs(24 * 3600)).await;
+            }
+        })
+        .unwrap();
+    let report = shutdown.finish().await;
+    assert!(report.took >= year);
+    assert!(report.to_string().contains("all the time"), "{report}");
+    assert_eq!(report.exit_code(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn several_registries_share_the_budget_and_each_is_counted_once() {
+    let [one, other] = [TaskRegistry::new(), TaskRegistry::new()];
+    let shutdown = shutdown().tasks(&one).tasks(&other).tasks(&one.clone());
+    one.spawn("one", sleep(secs(10))).unwrap();
+    other.spawn("other", sleep(secs(20))).unwrap();
+    other.spawn("stays", pending::<()>()).unwrap();
+    let report = shutdown.finish().await;
+    assert_eq!(report.took, secs(24));
+    assert_eq!((report.tasks.spawned, report.drained.at_begin), (3, 3));
+    assert_eq!(report_of(&report), [(Kind::Task, "stays", Some(Outcome::Cancelled))]);
+    assert!(one.is_closed() && other.is_closed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_can_be_begun_and_finished_by_several_at_once_and_from_a_task_of_its_own() {
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks);
+    let own = shutdown.clone();
+    // It waits for itself, until it is told to end.
+    tasks.spawn("own", async move { own.finish().await }).unwrap();
+    settle().await;
+    let reports = [shutdown.clone(), shutdown.clone()]
+        .map(|shutdown| tokio::spawn(async move { shutdown.finish().await }));
+    shutdown.begin();
+    for report in reports {
+        let report = report.await.unwrap();
+        assert_eq!(report.took, secs(24));
+        assert_eq!(report_of(&report), [(Kind::Task, "own", Some(Outcome::Cancelled))]);
+    }
+    // And when all is over.
+    assert_eq!(shutdown.finish().await.forced().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_finish_that_was_given_up_goes_on_where_the_time_is() {
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks);
+    tasks.spawn("task", pending::<()>()).unwrap();
+    let given_up = tokio::time::timeout(secs(10), shutdown.finish()).await;
+    assert!(given_up.is_err());
+    sleep(secs(4)).await;
+    let start = Instant::now();
+    let report = shutdown.finish().await;
+    assert_eq!((start.elapsed(), report.took), (secs(10), secs(24)));
+}
+
+#[test]
+fn begin_works_outside_of_a_runtime_and_nothing_happens_on_drop() {
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks);
+    let watch = shutdown.watch();
+    drop((shutdown.clone(), shutdown.layer(), shutdown.signalled()));
+    assert!(watch.is_ready() && !tasks.is_closed());
+    shutdown.begin();
+    assert!(!watch.is_ready() && !tasks.is_closed());
+    drop(shutdown);
+    assert!(!watch.is_draining(), "there is nobody to drive it");
+}
+
+#[test]
+fn without_a_time_driver_its_own_thread_keeps_the_time() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let tasks = TaskRegistry::new();
+    let budget = Duration::from_millis(100);
+    let shutdown = Shutdown::new(budget).without_signals().tasks(&tasks);
+    runtime.block_on(async {
+        tasks.spawn("task", pending::<()>()).unwrap();
+        shutdown.begin();
+        let report = shutdown.run(server(&shutdown)).await.unwrap();
+        assert!(report.took >= budget * 4 / 5, "{report}");
+        assert_eq!(report.forced().len(), 1);
+    });
+}
+
+// Requests
+
+#[tokio::test(start_paused = true)]
+async fn a_late_request_is_served_and_told_to_close_or_refused_if_so_chosen() {
+    for refuse in [false, true] {
+        let mut shutdown = shutdown();
+        if refuse {
+            shutdown = shutdown.refuse_late();
+        }
+        let stay = Arc::new(Notify::new());
+        let leave = stay.clone();
+        let server = {
+            let signalled = shutdown.signalled();
+            async move {
+                signalled.await;
+                leave.notified().await;
+                Ok::<_, Infallible>(())
+            }
+        };
+        let handled = Arc::new(AtomicBool::new(false));
+        let handler = handled.clone();
+        let mut service = shutdown.layer().layer(service_fn(move |_: Request<()>| {
+            handler.store(true, SeqCst);
+            ready(Reply::Ok(Response::default()))
+        }));
+        shutdown.begin();
+        let mut run = pin!(shutdown.run(server));
+        assert!(poll_once(run.as_mut()).is_pending());
+
+        for (version, content_type) in [
+            (Version::HTTP_10, "text/plain"),
+            (Version::HTTP_11, "text/plain"),
+            (Version::HTTP_2, "text/plain"),
+            (Version::HTTP_2, "application/grpc"),
+        ] {
+            let mut request = Request::new(());
+            *request.version_mut() = version;
+            request.headers_mut().insert(header::CONTENT_TYPE, content_type.parse().unwrap());
+            assert!(matches!(
+                service.poll_ready(&mut Context::from_waker(Waker::noop())),
+                Poll::Ready(Ok(()))
+            ));
+            let response = service.call(request).await.unwrap();
+            let is_grpc = content_type == "application/grpc";
+            let expected = if refuse && !is_grpc { 503 } else { 200 };
+            assert_eq!(response.status(), expected, "{version:?} {content_type}");
+            let grpc_status = response.headers().get("grpc-status").map(|it| it.to_str().unwrap());
+            assert_eq!(grpc_status, (refuse && is_grpc).then_some("14"));
+            let closes = response.headers().get(header::CONNECTION).is_some_and(|it| it == "close");
+            assert_eq!(closes, version < Version::HTTP_2);
+            assert_eq!(handled.swap(false, SeqCst), !refuse);
+            response.into_body().collect().await.unwrap();
+        }
+
+        // Not any more when the server has ended.
+        stay.notify_one();
+        let report = run.await.unwrap();
+        assert_eq!(service.call(Request::new(())).await.unwrap().status(), 503);
+        let (served, refused) = if refuse { (0, 4) } else { (4, 0) };
+        assert_eq!((report.requests.later, report.requests.refused), (served, refused));
+        assert_eq!(report.exit_code(), 0);
+        assert_adds_up(&report);
+    }
+}
+
+/// A body with a first frame, and no end.
+struct Endless(Option<Bytes>);
+
+impl Body for Endless {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        match self.0.take() {
+            Some(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
+            None => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        false
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::default()
+    }
+}
+
+fn endless() -> Endless {
+    Endless(Some(Bytes::from_static(b"first")))
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_the_deadline_the_head_is_503_and_a_body_ends_in_an_error_or_in_trailers() {
+    let shutdown = shutdown();
+    let context =
+        RequestContext::new().with("0af7651916cd43dd8448eb211c80319c".parse::<TraceId>().unwrap());
+    let layer = shutdown.layer();
+    let mut head = Box::pin(context.clone().scope(stuck_request(&layer)));
+    assert!(poll_once(head.as_mut()).is_pending());
+    let body = |grpc: bool| {
+        let mut service = layer.layer(service_fn(move |_: Request<()>| {
+            let mut response = Response::new(endless());
+            if grpc {
+                let grpc = "application/grpc".parse().unwrap();
+                response.headers_mut().insert(header::CONTENT_TYPE, grpc);
+            }
+            ready(Ok::<_, Infallible>(response))
+        }));
+        let mut request = Request::get("/feed?secret=1").body(()).unwrap();
+        if grpc {
+            *request.version_mut() = Version::HTTP_2;
+            request.headers_mut().insert(header::CONTENT_TYPE, "application/grpc".parse().unwrap());
+        }
+        async move {
+            let mut body = service.call(request).await.unwrap().into_body();
+            assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "first");
+            body
+        }
+    };
+    let (mut plain, mut grpc) = (body(false).await, body(true).await);
+    let bodies = tokio::spawn(async move {
+        let error = plain.frame().await.unwrap().unwrap_err();
+        let trailers = grpc.frame().await.unwrap().unwrap().into_trailers().unwrap();
+        let over = plain.frame().await.is_none() && grpc.frame().await.is_none();
+        (error, trailers, over)
+    });
+    settle().await;
+    let finish = tokio::spawn({
+        let shutdown = shutdown.clone();
+        async move { shutdown.finish().await }
+    });
+    let response = head.await.unwrap();
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(response.headers()[header::CONNECTION], "close");
+    let (error, trailers, over) = bodies.await.unwrap();
+    assert!(matches!(error, BodyError::Stopped(_)), "{error}");
+    assert_eq!(trailers["grpc-status"], "14");
+    assert!(over);
+
+    let report = finish.await.unwrap();
+    assert_eq!(report.took, secs(24));
+    assert_eq!((report.requests.at_begin, report.requests.ended), (3, 3));
+    let mut forced = report_of(&report);
+    forced.sort_unstable_by_key(|(what, name, _)| (*what, *name));
+    let cancelled = Some(Outcome::Cancelled);
+    assert_eq!(
+        forced,
+        [
+            (Kind::Request, "GET /", cancelled),
+            (Kind::Request, "GET /feed", cancelled),
+            (Kind::Request, "GET /feed", cancelled),
+        ],
+        "without the query"
+    );
+    let head = report.forced().iter().find(|it| it.name == "GET /").unwrap();
+    assert_eq!(head.trace_id, context.get().copied());
+    assert_eq!(head.age, Some(secs(24)));
+    assert_adds_up(&report);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_ready_at_the_deadline_is_not_cut_off() {
+    let shutdown = Shutdown::new(Duration::ZERO).without_signals();
+    let mut service = shutdown
+        .layer()
+        .layer(service_fn(|_: Request<()>| ready(Reply::Ok(Response::new("all".into())))));
+    let head = service.call(Request::new(()));
+    let mut body = service.call(Request::new(())).await.unwrap().into_body();
+    let mut finish = pin!(shutdown.finish());
+    assert!(poll_once(finish.as_mut()).is_pending());
+    let response = head.await.unwrap();
+    assert_eq!(response.status(), 200);
+    drop(response);
+    assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "all");
+    drop(body);
+    let report = finish.await;
+    // The response that was dropped has not been read: its client has left.
+    assert_eq!((report.requests.completed, report.forced().len()), (2, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_leaves_was_not_forced() {
+    let shutdown = shutdown();
+    let request = stuck_request(&shutdown.layer());
+    let mut finish = pin!(shutdown.finish());
+    assert!(poll_once(finish.as_mut()).is_pending());
+    drop(request);
+    let report = finish.await;
+    assert_eq!((report.took, report.requests.completed), (Duration::ZERO, 1));
+    assert_eq!(report.exit_code(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upgrade_that_is_held_is_waited_for_and_reported_as_left() {
+    for lets_go in [true, false] {
+        let shutdown = shutdown();
+        let watch = shutdown.watch();
+        let mut service = shutdown.layer().layer(service_fn(move |_: Request<()>| {
+            let (held, draining) = (hold().unwrap(), watch.draining());
+            tokio::spawn(async move {
+                let _held = held;
+                if lets_go {
+                    draining.await;
+                    sleep(secs(2)).await;
+                } else {
+                    pending::<()>().await;
+                }
+            });
+            let mut response = Response::default();
+            *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+            ready(Reply::Ok(response))
+        }));
+        drop(service.call(Request::new(())).await.unwrap());
+        let report = shutdown.finish().await;
+        if lets_go {
+            assert_eq!((report.took, report.requests.completed), (secs(2), 1));
+            assert_eq!(report.exit_code(), 0);
+        } else {
+            assert_eq!(report.took, BUDGET + Duration::from_millis(100));
+            assert_eq!((report.requests.left, report.exit_code()), (1, 1));
+            assert_eq!(report_of(&report), [(Kind::Request, "unknown", None)]);
+        }
+        assert_adds_up(&report);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn readiness_of_the_service_is_that_of_the_inner_one_whatever_happens() {
+    type Inner = tower_test::mock::Mock<Request<()>, Response<Full<Bytes>>>;
+    let (mut service, mut handle) = tower_test::mock::spawn_with(|mock: Inner| {
+        let shutdown = shutdown();
+        shutdown.begin();
+        shutdown.layer().layer(mock)
+    });
+    handle.allow(0);
+    tokio_test::assert_pending!(service.poll_ready::<Request<()>>());
+    handle.allow(1);
+    tokio_test::assert_ready_ok!(service.poll_ready::<Request<()>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn plain_services_are_counted_refused_and_ended_too() {
+    let shutdown = shutdown();
+    let mut service = shutdown.layer().plain().layer(service_fn(|wait: u64| async move {
+        sleep(secs(wait)).await;
+        if wait == 1 { Err("broken") } else { Ok(wait) }
+    }));
+    let mut call = |wait| tokio::spawn(service.call(wait));
+    let (done, failed, ended) = (call(2), call(1), call(3600));
+    settle().await;
+    let report = shutdown.finish().await;
+    assert_eq!(done.await.unwrap().unwrap(), 2);
+    assert!(matches!(failed.await.unwrap(), Err(CallError::Inner("broken"))));
+    assert!(matches!(ended.await.unwrap(), Err(CallError::Stopped(_))));
+    assert!(matches!(call(0).await.unwrap(), Err(CallError::Stopped(_))), "it is too late");
+    assert_eq!((report.requests.completed, report.requests.ended), (2, 1));
+    assert_eq!(report_of(&report), [(Kind::Request, "unknown", Some(Outcome::Cancelled))]);
+}
+
+// The watch
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_finds_the_watch_in_the_type_map_if_so_chosen() {
+    for chosen in [false, true] {
+        let shutdown = shutdown();
+        let mut layer = shutdown.layer();
+        if chosen {
+            layer = layer.in_extensions();
+        }
+        let mut service = layer.layer(service_fn(|request: Request<()>| {
+            let watch = request.extensions().get::<ShutdownWatch>().cloned();
+            let mut response = Response::default();
+            response.extensions_mut().insert(watch);
+            ready(Reply::Ok(response))
+        }));
+        let response = service.call(Request::new(())).await.unwrap();
+        let watch = response.extensions().get::<Option<ShutdownWatch>>().unwrap();
+        assert_eq!(watch.as_ref().map(ShutdownWatch::is_ready), chosen.then_some(true));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_until_draining_yields_what_is_ready_and_then_comes_to_its_end() {
+    let shutdown = shutdown();
+    let mut body = pin!(shutdown.watch().until_draining(endless()));
+    assert_eq!(body.size_hint().exact(), None);
+    let cx = &mut Context::from_waker(Waker::noop());
+    // What is ready comes first, whatever has happened.
+    shutdown.begin();
+    drop(shutdown.finish().await);
+    let first = body.as_mut().poll_frame(cx);
+    assert!(matches!(first, Poll::Ready(Some(Ok(_)))));
+    assert!(!body.is_end_stream());
+    for _ in 0..2 {
+        assert!(matches!(body.as_mut().poll_frame(cx), Poll::Ready(None)));
+        assert!(body.is_end_stream());
+        assert_eq!(body.size_hint().exact(), Some(0));
+    }
+
+    let shutdown = self::shutdown();
+    let known = shutdown.watch().until_draining(Full::new(Bytes::from_static(b"known")));
+    assert_eq!(known.size_hint().exact(), None, "it may be cut short");
+    assert_eq!(known.collect().await.unwrap().to_bytes(), "known");
+
+    let body = shutdown.watch().until_draining(endless());
+    let read = tokio::spawn(body.collect());
+    settle().await;
+    assert!(!read.is_finished());
+    drop(shutdown.finish().await);
+    assert_eq!(read.await.unwrap().unwrap().to_bytes(), "first");
+}
+
+// The report
+
+#[tokio::test(start_paused = true)]
+async fn the_report_is_read_by_people_and_by_programs() {
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks);
+    for _ in 0..3 {
+        tasks.spawn("write_audit_line", pending::<()>()).unwrap();
+    }
+    let request = tokio::spawn(stuck_request(&shutdown.layer()));
+    settle().await;
+    let report = shutdown.finish().await;
+    drop(request);
+    let text = report.to_string();
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    assert_eq!(
+        lines[0],
+        "shut down in 24.000 s of 25.000 s: requests: 1 in flight, 0 later, 0 refused: 0 \
+         completed, 1 ended, 0 left; tasks: 3 live, 0 later, 0 refused: 0 completed, 3 cancelled, \
+         0 aborted, 0 timed out, 0 panicked, 0 left; 4 forced"
+    );
+    assert_eq!(lines[1], "  1 x request GET / (cancelled, up to 24000 ms old)");
+    assert!(
+        lines[2]
+            .starts_with("  3 x task write_audit_line (cancelled, up to 24000 ms old, spawned at "),
+        "{text}"
+    );
+
+    #[cfg(feature = "serde")]
+    {
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!((&json["took_ms"], &json["budget_ms"]), (&24_000.into(), &25_000.into()));
+        assert_eq!((&json["exit_code"], &json["server_ended"]), (&1.into(), &true.into()));
+        assert_eq!(json["requests"]["ended"], 1);
+        assert_eq!(
+            (&json["drained"]["cancelled"], &json["tasks"]["cancelled"]),
+            (&3.into(), &3.into())
+        );
+        let forced = json["forced"].as_array().unwrap();
+        assert_eq!(forced.len(), 4);
+        let task = forced.iter().find(|it| it["what"] == "task").unwrap();
+        assert_eq!(
+            (&task["name"], &task["outcome"]),
+            (&"write_audit_line".into(), &"cancelled".into())
+        );
+        assert_eq!(task["age_ms"], 24_000);
+        assert!(task["site"].as_str().unwrap().contains("shutdown.rs:"));
+        assert!(task["trace_id"].is_null());
+    }
+}
