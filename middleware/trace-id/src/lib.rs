@@ -70,7 +70,8 @@
 //!
 //! There is no dependency on it. [`TraceIdLayer::on_span`] takes a hook that is called before a
 //! span of ours is entered, which is when `set_parent` must be called; it can hand back the ids
-//! that OpenTelemetry has given to the span.
+//! that OpenTelemetry has given to the span. A bridge of some twenty lines, for current versions, is
+//! in the repository's `tests/opentelemetry`.
 //!
 //! # Cancellation
 //!

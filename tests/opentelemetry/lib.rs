@@ -1,0 +1,1 @@
+//! OpenTelemetry behind the hook for spans: see `tests`.
