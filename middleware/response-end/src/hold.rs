@@ -130,13 +130,14 @@ impl<F: FnOnce(End) + Send + 'static> OnEnd for F {
 pub struct Hook<H> {
     // Never locked: a hook need not be `Sync`, and a body with it must be if the inner one is.
     hook: std::sync::Mutex<Option<H>>,
-    holds: Option<Arc<Holds>>,
+    // While inside, what is current around it.
+    scope: Scope,
 }
 
 impl<H> Hook<H> {
     /// Calls `hook`.
     pub const fn new(hook: H) -> Self {
-        Self { hook: std::sync::Mutex::new(Some(hook)), holds: None }
+        Self { hook: std::sync::Mutex::new(Some(hook)), scope: Scope::Inside(None) }
     }
 
     /// The hook, until the end.
@@ -152,21 +153,15 @@ impl<H> fmt::Debug for Hook<H> {
 }
 
 impl<H: OnEnd> Watch for Hook<H> {
-    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
-        struct Leave<'a>(&'a mut Option<Arc<Holds>>, Scope);
-        impl Drop for Leave<'_> {
-            fn drop(&mut self) {
-                if let Scope::Inside(inside) = mem::take(&mut self.1).replace() {
-                    *self.0 = inside;
-                }
-                if let Some(holds) = self.0 {
-                    holds.hold_around();
-                }
-            }
+    fn enter(&mut self) {
+        self.scope = mem::take(&mut self.scope).replace();
+    }
+
+    fn leave(&mut self) {
+        self.scope = mem::take(&mut self.scope).replace();
+        if let Scope::Inside(Some(holds)) = &self.scope {
+            holds.hold_around();
         }
-        let around = Scope::Inside(self.holds.take()).replace();
-        let _leave = Leave(&mut self.holds, around);
-        f()
     }
 
     fn end(&mut self, end: End) {
@@ -175,9 +170,8 @@ impl<H: OnEnd> Watch for Hook<H> {
         let tell = move || {
             call("on_end", || hook.on_end(end));
         };
-        match &self.holds {
-            None => tell(),
-            Some(holds) => {
+        match &self.scope {
+            Scope::Inside(Some(holds)) => {
                 let mut state = holds.lock();
                 if state.held > 0 {
                     state.waiting = Some(Box::new(tell));
@@ -186,6 +180,7 @@ impl<H: OnEnd> Watch for Hook<H> {
                     tell();
                 }
             }
+            _ => tell(),
         }
     }
 }
@@ -227,6 +222,13 @@ mod loom_tests {
         told[0]
     }
 
+    fn within<R>(watch: &mut impl Watch, f: impl FnOnce() -> R) -> R {
+        watch.enter();
+        let result = f();
+        watch.leave();
+        result
+    }
+
     fn drop_elsewhere(held: Option<Hold>) -> JoinHandle<()> {
         thread::spawn(move || drop(held.unwrap()))
     }
@@ -249,7 +251,7 @@ mod loom_tests {
     fn the_end_races_the_last_hold_and_is_told_once() {
         reaches(&[[Teller::End], [Teller::Drop]], || {
             let (mut hook, told) = hook();
-            let other = drop_elsewhere(hook.enter(hold));
+            let other = drop_elsewhere(within(&mut hook, hold));
             hook.end(End::Completed);
             other.join().unwrap();
             [once(&told)]
@@ -260,8 +262,8 @@ mod loom_tests {
     fn two_holds_race_to_be_the_last_and_the_end_is_told_once() {
         reaches(&[[Teller::End], [Teller::Drop]], || {
             let (mut hook, told) = hook();
-            let here = hook.enter(hold);
-            let other = drop_elsewhere(hook.enter(hold));
+            let here = within(&mut hook, hold);
+            let other = drop_elsewhere(within(&mut hook, hold));
             hook.end(End::Completed);
             drop(here);
             other.join().unwrap();
@@ -275,8 +277,8 @@ mod loom_tests {
         reaches(&[[Found, Found], [Found, Drop], [Drop, Found], [Drop, Drop]], || {
             let (mut outer, outer_told) = hook();
             let (mut inner, inner_told) = hook();
-            let other = outer.enter(|| {
-                let other = inner.enter(|| drop_elsewhere(hold()));
+            let other = within(&mut outer, || {
+                let other = within(&mut inner, || drop_elsewhere(hold()));
                 inner.end(End::Completed);
                 other
             });

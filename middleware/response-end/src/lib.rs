@@ -131,7 +131,7 @@ mod stop;
 use std::{
     fmt,
     marker::PhantomData,
-    mem,
+    mem::{self, ManuallyDrop},
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -310,11 +310,12 @@ where
 /// What a layer that is built on this one does with the life of one response: it gets the end,
 /// and may have something of its own current while the inner service's code runs.
 pub trait Watch {
-    /// Runs `f`, which is the call of the inner service, or a poll or the drop of its future or
-    /// body. Before the end and after it.
-    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
-        f()
-    }
+    /// The inner service is about to be called, or its future or body to be polled or dropped.
+    /// Before the end and after it.
+    fn enter(&mut self) {}
+
+    /// That has been done, or has panicked. Follows each [`enter`](Self::enter).
+    fn leave(&mut self) {}
 
     /// The future or the body is about to be dropped, which is this end unless that panics.
     /// [`end`](Self::end) follows when it has been.
@@ -384,20 +385,6 @@ impl<W: Watch> Watched<W> {
         }
     }
 
-    /// Runs code of the inner service: in scope, and a panic of it is the end (R8).
-    fn run<R>(&mut self, f: impl FnOnce() -> R) -> R {
-        struct OnUnwind<'a, W: Watch>(&'a mut Watched<W>);
-        impl<W: Watch> Drop for OnUnwind<'_, W> {
-            fn drop(&mut self) {
-                self.0.end(End::Panicked);
-            }
-        }
-        let guard = OnUnwind(self);
-        let result = guard.0.watch.enter(f);
-        mem::forget(guard);
-        result
-    }
-
     /// Drops what is watched: its end, unless it has had that.
     fn drop_inner<T>(&mut self, end: End, drop_inner: impl FnOnce()) {
         if !self.ended {
@@ -405,7 +392,9 @@ impl<W: Watch> Watched<W> {
         }
         // To enter the scope for nothing is half of what a short body costs.
         if mem::needs_drop::<T>() {
-            self.run(drop_inner);
+            let inside = Inside::enter(self);
+            drop_inner();
+            inside.leave();
         }
         self.end(end);
     }
@@ -414,6 +403,34 @@ impl<W: Watch> Watched<W> {
         if !self.ended && upload.is_some_and(|upload| upload.poll_failed(cx)) {
             self.end(End::Disconnected);
         }
+    }
+}
+
+/// Here code of the inner service runs: in scope, and a panic of it is the end (R8).
+///
+/// A guard and not a function around that code, for what this returns, a future or a response, is
+/// large and would be moved once more.
+struct Inside<'a, W: Watch>(&'a mut Watched<W>);
+
+impl<'a, W: Watch> Inside<'a, W> {
+    #[inline]
+    fn enter(watched: &'a mut Watched<W>) -> Self {
+        watched.watch.enter();
+        Self(watched)
+    }
+
+    #[inline]
+    fn leave(self) {
+        ManuallyDrop::new(self).0.watch.leave();
+    }
+}
+
+/// By unwinding.
+impl<W: Watch> Drop for Inside<'_, W> {
+    #[cold]
+    fn drop(&mut self) {
+        self.0.watch.leave();
+        self.0.end(End::Panicked);
     }
 }
 
@@ -465,8 +482,10 @@ impl<F, W: Watch> ResponseFuture<F, W, Plain> {
 impl<F, W: Watch, P> ResponseFuture<F, W, P> {
     fn new(watch: W, asked: Asked, call: impl FnOnce() -> F) -> Self {
         let mut watched = Watched { watch, ended: false };
-        let inner = watched.run(call);
-        Self { inner: Some(inner), watched: Some(watched), asked, protocol: PhantomData }
+        let inside = Inside::enter(&mut watched);
+        let inner = Some(call());
+        inside.leave();
+        Self { inner, watched: Some(watched), asked, protocol: PhantomData }
     }
 
     const fn dialect(&self) -> Dialect {
@@ -498,47 +517,47 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         let watched = this.watched.as_mut().expect("polled after it was ready");
-        let output = watched.run(|| {
-            let output = this.inner.as_mut().as_pin_mut()?.poll(cx);
-            let Poll::Ready(output) = output else {
-                return None;
-            };
+        let inside = Inside::enter(watched);
+        let output = this.inner.as_mut().as_pin_mut().map_or(Poll::Pending, |inner| inner.poll(cx));
+        // The body's own code, so in here.
+        let (mut over, mut exact) = (false, None);
+        if let Poll::Ready(output) = &output {
             this.inner.set(None);
-            Some(output.map(|response| {
-                // The body's own code, so in here.
-                let over = response.body().is_end_stream();
-                let exact = response.body().size_hint().exact();
-                (response, over, exact)
-            }))
-        });
+            if let Ok(response) = output {
+                over = response.body().is_end_stream();
+                exact = response.body().size_hint().exact();
+            }
+        }
+        inside.leave();
         watched.look_at(this.asked.upload.as_ref(), cx);
-        let (response, over, exact) = match output {
-            None => return Poll::Pending,
-            Some(Ok(output)) => output,
-            Some(Err(error)) => {
+        let (mut left, mut in_trailers) = (None, false);
+        match &output {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Err(_)) => {
                 watched.end(End::Failed);
                 *this.watched = None;
-                return Poll::Ready(Err(error));
             }
-        };
-        if response.extensions().get::<Panic>().is_some() {
-            watched.end(End::Panicked);
-        } else if over || this.asked.has_no_body(response.status()) {
-            watched.end(End::Completed);
+            Poll::Ready(Ok(response)) => {
+                if response.extensions().get::<Panic>().is_some() {
+                    watched.end(End::Panicked);
+                } else if over || this.asked.has_no_body(response.status()) {
+                    watched.end(End::Completed);
+                } else {
+                    left = content_length(response).or(exact);
+                }
+                in_trailers = this.asked.dialect.ends_in_trailers(response);
+            }
         }
-        let expected = content_length(&response).or(exact);
-        let in_trailers = this.asked.dialect.ends_in_trailers(&response);
-        let watched = this.watched.take().expect("is there until now");
-        let upload = this.asked.upload.take();
-        Poll::Ready(Ok(response.map(|body| ResponseBody {
-            inner: Some(body),
-            watched: Some(watched),
-            upload,
-            expected,
-            passed: 0,
-            over: false,
-            in_trailers,
-        })))
+        output.map_ok(|response| {
+            response.map(|body| ResponseBody {
+                inner: Some(body),
+                watched: this.watched.take(),
+                upload: this.asked.upload.take(),
+                left: left.unwrap_or(ENDLESS),
+                over: false,
+                in_trailers,
+            })
+        })
     }
 }
 
@@ -552,13 +571,12 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         let watched = this.watched.as_mut().expect("polled after it was ready");
-        let output = watched.run(|| {
-            let output = this.inner.as_mut().as_pin_mut().map(|inner| inner.poll(cx));
-            if let Some(Poll::Ready(_)) = output {
-                this.inner.set(None);
-            }
-            output.unwrap_or(Poll::Pending)
-        });
+        let inside = Inside::enter(watched);
+        let output = this.inner.as_mut().as_pin_mut().map_or(Poll::Pending, |inner| inner.poll(cx));
+        if output.is_ready() {
+            this.inner.set(None);
+        }
+        inside.leave();
         if let Poll::Ready(output) = &output {
             watched.end(if output.is_ok() { End::Completed } else { End::Failed });
             *this.watched = None;
@@ -566,6 +584,9 @@ where
         output
     }
 }
+
+/// As the number of bytes that are to come: nobody knows. So many never pass.
+const ENDLESS: u64 = u64::MAX;
 
 /// Before the hint: hyper wants the two to be equal, and goes by this one if there is no other.
 fn content_length<B>(response: &Response<B>) -> Option<u64> {
@@ -587,8 +608,8 @@ pin_project! {
         // `None` for a default body alone.
         watched: Option<Watched<W>>,
         upload: Option<Upload>,
-        expected: Option<u64>,
-        passed: u64,
+        // How many bytes are to come.
+        left: u64,
         // Nothing comes any more: a further poll must not reach the inner body.
         over: bool,
         // Whether the client of a `StoppableBody` sees trailers.
@@ -604,8 +625,7 @@ pin_project! {
             if let Some(watched) = this.watched {
                 // R6 classifies a drop and never ends early: HTTP/2 polls on for trailers after
                 // the last byte.
-                let all = this.expected.is_some_and(|expected| *this.passed >= expected);
-                let end = if all { End::Completed } else { End::Disconnected };
+                let end = if *this.left == 0 { End::Completed } else { End::Disconnected };
                 watched.drop_inner::<B>(end, || this.inner.set(None));
             }
         }
@@ -619,8 +639,7 @@ impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
             inner: Some(B::default()),
             watched: None,
             upload: None,
-            expected: None,
-            passed: 0,
+            left: ENDLESS,
             over: false,
             in_trailers: false,
         }
@@ -664,11 +683,11 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
         };
         // Stays so if the inner body panics.
         *this.over = true;
-        let (frame, at_end) = watched.run(|| {
-            let frame = inner.as_mut().poll_frame(cx);
-            let is_data = matches!(&frame, Poll::Ready(Some(Ok(frame))) if frame.is_data());
-            (frame, is_data && inner.is_end_stream())
-        });
+        let inside = Inside::enter(watched);
+        let frame = inner.as_mut().poll_frame(cx);
+        let is_data = matches!(&frame, Poll::Ready(Some(Ok(frame))) if frame.is_data());
+        let at_end = is_data && inner.is_end_stream();
+        inside.leave();
         watched.look_at(this.upload.as_ref(), cx);
         match &frame {
             Poll::Ready(None) => watched.end(End::Completed),
@@ -678,7 +697,7 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
                 *this.over = false;
                 if let Some(data) = frame.data_ref() {
                     let len = u64::try_from(data.remaining()).unwrap_or(u64::MAX);
-                    *this.passed = this.passed.saturating_add(len);
+                    *this.left = this.left.saturating_sub(len);
                 }
                 if at_end {
                     watched.end(End::Completed);

@@ -1365,11 +1365,12 @@ impl Log {
 struct Recording(Rc<Log>);
 
 impl Watch for Recording {
-    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
+    fn enter(&mut self) {
         self.0.inside.set(true);
-        let result = f();
+    }
+
+    fn leave(&mut self) {
         self.0.inside.set(false);
-        result
     }
 
     fn before_drop(&mut self, end: End) {

@@ -387,11 +387,12 @@ impl Test {
 }
 
 impl Watch for Test {
-    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
+    fn enter(&mut self) {
         self.inside.replace(true);
-        let result = catch(f);
+    }
+
+    fn leave(&mut self) {
         self.inside.replace(false);
-        result.unwrap_or_else(|panic| panic!("{panic}"))
     }
 
     fn before_drop(&mut self, end: End) {

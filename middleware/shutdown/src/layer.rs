@@ -273,8 +273,12 @@ impl InFlight {
 }
 
 impl Watch for InFlight {
-    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
-        self.hook.enter(f)
+    fn enter(&mut self) {
+        self.hook.enter();
+    }
+
+    fn leave(&mut self) {
+        self.hook.leave();
     }
 
     fn before_drop(&mut self, end: End) {

@@ -291,17 +291,13 @@ impl LimitScope {
 
 impl Watch for LimitScope {
     #[inline]
-    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
-        struct Leave<'a>(&'a mut LimitScope);
-        impl Drop for Leave<'_> {
-            #[inline]
-            fn drop(&mut self) {
-                self.0.swap();
-            }
-        }
+    fn enter(&mut self) {
         self.swap();
-        let _leave = Leave(self);
-        f()
+    }
+
+    #[inline]
+    fn leave(&mut self) {
+        self.swap();
     }
 
     fn end(&mut self, _: End) {

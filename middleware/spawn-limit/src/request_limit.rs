@@ -257,7 +257,7 @@ impl<S, B, F> State<S, Request<B>, F, Http> {
     where
         S: Service<Request<B>, Future = F>,
     {
-        let (watch, asked) = (Counted(Hook::new(permit)), Asked::of(&request));
+        let (watch, asked) = (Counted::new(permit), Asked::of(&request));
         let future =
             tower_response_end::ResponseFuture::http(watch, asked, || service.call(request));
         Self::Serving { future }
@@ -269,7 +269,7 @@ impl<S, Req, F> State<S, Req, F, Plain> {
     where
         S: Service<Req, Future = F>,
     {
-        let watch = Counted(Hook::new(permit));
+        let watch = Counted::new(permit);
         let future = tower_response_end::ResponseFuture::<_, _, Plain>::plain(watch, || {
             service.call(request)
         });
@@ -348,15 +348,31 @@ impl<S, Req, F, P> fmt::Debug for ResponseFuture<S, Req, F, P> {
 /// The life of one response with a permit: while nobody [holds](tower_response_end::hold) it, it
 /// gives that back.
 #[derive(Debug)]
-struct Counted(Hook<Permit>);
+struct Counted {
+    hook: Hook<Permit>,
+    /// While inside, what is held around it.
+    around: Level,
+}
+
+impl Counted {
+    const fn new(permit: Permit) -> Self {
+        Self { hook: Hook::new(permit), around: Level::Free }
+    }
+}
 
 impl Watch for Counted {
-    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
-        Level::Request.enter(|| self.0.enter(f))
+    fn enter(&mut self) {
+        self.around = Level::Request.raise();
+        self.hook.enter();
+    }
+
+    fn leave(&mut self) {
+        self.hook.leave();
+        Level::leave(self.around);
     }
 
     fn end(&mut self, end: End) {
-        self.0.end(end);
+        self.hook.end(end);
     }
 }
 

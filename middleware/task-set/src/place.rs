@@ -1,12 +1,13 @@
-use std::{cell::Cell, mem::ManuallyDrop, sync::Arc};
+use std::{
+    cell::Cell,
+    mem::{self, ManuallyDrop},
+    sync::Arc,
+};
 
 use tower_request_context::{RequestContext, Scope};
 use tower_response_end::{End, Watch};
 
-use crate::{
-    registry::{Config, Owner},
-    set::Set,
-};
+use crate::{registry::Config, set::Set};
 
 #[cfg(not(loom))]
 thread_local! {
@@ -25,158 +26,184 @@ loom::thread_local! {
 ///
 /// As everything is moved out again, nothing is dropped with the thread: a thread-local without a
 /// destructor needs no look at its state.
-struct Here {
-    set: Cell<Option<ManuallyDrop<Arc<Set>>>>,
-    /// What to make the set with if there is none yet.
-    layer: Cell<Option<ManuallyDrop<Arc<Config>>>>,
-    /// Which task of the set this is, if it is one.
-    slot: Cell<u32>,
+struct Here(Cell<ManuallyDrop<Current>>);
+
+#[derive(Debug, Default)]
+enum Current {
+    #[default]
+    Nothing,
+    /// A request that has not asked for its set yet: what to make it with.
+    Unasked(Arc<Config>),
+    /// A set, and which of its tasks this is, if it is one.
+    Set(Arc<Set>, u32),
 }
 
 /// No task: the response's own code.
 const NO_SLOT: u32 = u32::MAX;
+/// The same, and the set was made by it just now.
+const JUST_MADE: u32 = u32::MAX - 1;
 
 impl Here {
     const fn new() -> Self {
-        Self { set: Cell::new(None), layer: Cell::new(None), slot: Cell::new(NO_SLOT) }
+        Self(Cell::new(ManuallyDrop::new(Current::Nothing)))
     }
 
+    /// Exchanges it with what is current.
     #[inline]
-    fn replace_set(&self, set: Option<Arc<Set>>) -> Option<Arc<Set>> {
-        self.set.replace(set.map(ManuallyDrop::new)).map(ManuallyDrop::into_inner)
+    fn swap(&self, other: &mut Current) {
+        let inside = ManuallyDrop::new(mem::take(other));
+        let outside = ManuallyDrop::into_inner(self.0.replace(inside));
+        // It is nothing by now, which the compiler does not see.
+        mem::forget(mem::replace(other, outside));
     }
 
+    /// No code of others may run in `f`: it would find nothing.
     #[inline]
-    fn replace_layer(&self, layer: Option<Arc<Config>>) -> Option<Arc<Config>> {
-        self.layer.replace(layer.map(ManuallyDrop::new)).map(ManuallyDrop::into_inner)
-    }
-
-    /// No code of others may run in `f`: it would find no set.
-    #[inline]
-    fn look<R>(&self, f: impl FnOnce(&mut Option<Arc<Set>>) -> R) -> R {
-        let mut set = self.replace_set(None);
-        let result = f(&mut set);
-        self.replace_set(set);
+    fn look<R>(&self, f: impl FnOnce(&mut Current) -> R) -> R {
+        let mut current = Current::Nothing;
+        self.swap(&mut current);
+        let result = f(&mut current);
+        self.swap(&mut current);
+        mem::forget(current);
         result
-    }
-
-    fn layer(&self) -> Option<Arc<Config>> {
-        let layer = self.replace_layer(None);
-        self.replace_layer(layer.clone());
-        layer
     }
 }
 
 /// The set that is current, made now if it is the first time that one is asked for.
 pub(crate) fn current() -> Option<Arc<Set>> {
+    let set_of = |current: &Current| match current {
+        Current::Set(set, _) => Ok(Some(set.clone())),
+        Current::Unasked(_) => Err(()),
+        Current::Nothing => Ok(None),
+    };
     HERE.with(|here| {
-        if let Some(set) = here.look(|set| set.clone()) {
-            return Some(set);
+        if let Ok(set) = here.look(|current| set_of(current)) {
+            return set;
         }
-        let layer = here.layer()?;
         // May be the code of others, who may ask for the set too.
         let context = RequestContext::current();
-        Some(here.look(|set| set.get_or_insert_with(|| Set::new(layer, context)).clone()))
+        here.look(|current| {
+            *current = match mem::take(current) {
+                Current::Unasked(layer) => Current::Set(Set::new(layer, context), JUST_MADE),
+                made => made,
+            };
+            set_of(current).ok().flatten()
+        })
+    })
+}
+
+/// Which task of `set` runs here, [`NO_SLOT`] or [`JUST_MADE`]; `None` if the set is not current.
+#[inline]
+fn slot_of(set: &Arc<Set>) -> Option<u32> {
+    HERE.with(|here| {
+        here.look(|current| match current {
+            Current::Set(here, slot) if Arc::ptr_eq(here, set) => Some(*slot),
+            _ => None,
+        })
     })
 }
 
 /// Whether `set` is the current one.
 #[inline]
 pub(crate) fn is_current(set: &Arc<Set>) -> bool {
-    HERE.with(|here| here.look(|here| here.as_ref().is_some_and(|here| Arc::ptr_eq(here, set))))
+    slot_of(set).is_some()
 }
 
-/// Whether no set is current.
+/// Whether nothing is current.
 #[inline]
 pub(crate) fn is_nowhere() -> bool {
-    HERE.with(|here| here.look(|set| set.is_none()))
+    HERE.with(|here| here.look(|current| matches!(current, Current::Nothing)))
 }
 
 /// Which task of `set` runs here, if one does.
 pub(crate) fn slot_in(set: &Arc<Set>) -> Option<u32> {
-    let slot = HERE.with(|here| here.slot.get());
-    (slot != NO_SLOT && is_current(set)).then_some(slot)
+    slot_of(set).filter(|slot| *slot < JUST_MADE)
 }
 
 /// The task that runs here, if one does.
 pub(crate) fn current_task() -> Option<(Arc<Set>, u32)> {
     HERE.with(|here| {
-        let slot = here.slot.get();
-        let set = if slot == NO_SLOT { None } else { here.look(|set| set.clone()) };
-        set.map(|set| (set, slot))
+        here.look(|current| match current {
+            Current::Set(set, slot) if *slot < JUST_MADE => Some((set.clone(), *slot)),
+            _ => None,
+        })
     })
 }
 
-/// What was current before a task's code ran.
-pub(crate) struct Outside {
-    set: Option<Arc<Set>>,
-    slot: u32,
-}
+/// What is current while a task's code runs; then, what was before.
+pub(crate) struct InTask(Current);
 
-impl Outside {
+impl InTask {
     /// Moves a task in.
     #[inline]
     pub(crate) fn enter(set: Option<Arc<Set>>, slot: u32) -> Self {
-        HERE.with(|here| Self { set: here.replace_set(set), slot: here.slot.replace(slot) })
+        let mut task = set.map_or(Current::Nothing, |set| Current::Set(set, slot));
+        HERE.with(|here| here.swap(&mut task));
+        Self(task)
     }
 
     /// Moves it out.
     #[inline]
-    pub(crate) fn leave(self) -> Option<Arc<Set>> {
-        HERE.with(|here| {
-            here.slot.set(self.slot);
-            here.replace_set(self.set)
-        })
+    pub(crate) fn leave(mut self) -> Option<Arc<Set>> {
+        HERE.with(|here| here.swap(&mut self.0));
+        match self.0 {
+            Current::Set(set, _) => Some(set),
+            _ => None,
+        }
     }
 
-    /// That nothing was: what a task that is dropped by its runtime finds.
-    pub(crate) const fn nowhere() -> Self {
-        Self { set: None, slot: NO_SLOT }
+    /// That nothing was current before: what a task that is dropped by its runtime finds.
+    pub(crate) const fn from_nowhere() -> Self {
+        Self(Current::Nothing)
     }
 
-    pub(crate) const fn is_nowhere(&self) -> bool {
-        self.set.is_none()
+    pub(crate) const fn is_from_nowhere(&self) -> bool {
+        matches!(self.0, Current::Nothing)
     }
 }
 
 /// The life of one response, as [`Watch`]ed by the task-set layer.
 #[derive(Debug)]
 pub struct ResponseScope {
-    set: Option<Arc<Set>>,
-    layer: Option<Arc<Config>>,
-    slot: u32,
-    /// A layer of the same registry is outside: the set is its.
-    nested: bool,
+    /// `None` if a layer of the same registry is outside: the set is its.
+    own: Option<Current>,
 }
 
 impl ResponseScope {
     #[inline]
     pub(crate) fn new(layer: &Arc<Config>) -> Self {
-        if HERE.with(|here| here.slot.get()) != NO_SLOT {
+        let (nested, in_task) = HERE.with(|here| {
+            here.look(|current| match current {
+                Current::Set(set, slot) => {
+                    (Arc::ptr_eq(set.owner(), &layer.owner), *slot < JUST_MADE)
+                }
+                Current::Unasked(around) => (Arc::ptr_eq(&around.owner, &layer.owner), false),
+                Current::Nothing => (false, false),
+            })
+        });
+        if in_task {
             settle();
         }
-        let nested = is_owned_by(&layer.owner);
         if nested && !layer.layer.is_empty() {
             if let Some(set) = current() {
                 set.add_policy(&layer.layer);
             }
         }
-        let layer = (!nested).then(|| layer.clone());
-        Self { set: None, layer, slot: NO_SLOT, nested }
+        Self { own: (!nested).then(|| Current::Unasked(layer.clone())) }
     }
 
     /// The set, now.
     pub(crate) fn set(&mut self) -> Option<Arc<Set>> {
-        self.enter(current)
-    }
-
-    #[inline]
-    fn swap(&mut self) {
-        HERE.with(|here| {
-            self.set = here.replace_set(self.set.take());
-            self.layer = here.replace_layer(self.layer.take());
-            self.slot = here.slot.replace(self.slot);
-        });
+        // Values may be the code of others, and panic.
+        struct Leave<'a>(&'a mut ResponseScope);
+        impl Drop for Leave<'_> {
+            fn drop(&mut self) {
+                self.0.leave();
+            }
+        }
+        self.enter();
+        let _leave = Leave(self);
+        current()
     }
 }
 
@@ -187,36 +214,21 @@ fn settle() {
     Scope::settle();
 }
 
-/// Whether the current set is, or would be, of this registry.
-#[inline]
-fn is_owned_by(owner: &Arc<Owner>) -> bool {
-    HERE.with(|here| {
-        let set = here.look(|set| set.as_ref().map(|set| Arc::ptr_eq(set.owner(), owner)));
-        set.unwrap_or_else(|| {
-            let layer = here.replace_layer(None);
-            let is_owned = layer.as_ref().is_some_and(|layer| Arc::ptr_eq(&layer.owner, owner));
-            here.replace_layer(layer);
-            is_owned
-        })
-    })
-}
-
 impl Watch for ResponseScope {
     #[inline]
-    fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
-        struct Leave<'a>(&'a mut ResponseScope);
-        impl Drop for Leave<'_> {
-            #[inline]
-            fn drop(&mut self) {
-                self.0.swap();
-            }
+    fn enter(&mut self) {
+        if let Some(own) = &mut self.own {
+            HERE.with(|here| here.swap(own));
         }
-        if self.nested {
-            return f();
+    }
+
+    #[inline]
+    fn leave(&mut self) {
+        let Some(own) = &mut self.own else { return };
+        HERE.with(|here| here.swap(own));
+        if let Current::Set(_, slot) = own {
+            *slot = NO_SLOT;
         }
-        self.swap();
-        let _leave = Leave(self);
-        f()
     }
 
     // At once, so that the tasks are told before they see the drop: a task that feeds the body would
@@ -227,10 +239,11 @@ impl Watch for ResponseScope {
     }
 
     fn end(&mut self, end: End) {
-        // From now on no set can be made any more.
-        self.layer = None;
-        if let Some(set) = &self.set {
-            set.end(end);
+        match &mut self.own {
+            Some(Current::Set(set, _)) => set.end(end),
+            // From now on no set can be made any more.
+            Some(own) => *own = Current::Nothing,
+            None => {}
         }
     }
 }

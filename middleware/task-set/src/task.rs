@@ -13,7 +13,7 @@ use tower_response_end::End;
 
 use crate::{
     StopToken,
-    place::{self, Outside},
+    place::{self, InTask},
     set::Set,
 };
 
@@ -337,10 +337,10 @@ impl Member {
         if self.is_away() {
             self.set().enter_home(self.slot, self.extra, &mut away);
         }
-        let outside = Outside::enter(self.set.take(), self.slot);
+        let inside = InTask::enter(self.set.take(), self.slot);
         // No guard that leaves: nothing unwinds past this.
         let result = catch(poll).map_err(|panic| self.tell(panic));
-        self.set = outside.leave();
+        self.set = inside.leave();
         if away.is_some() {
             self.extra |= self.set().leave_home(self.slot, &mut away);
         }
@@ -394,9 +394,9 @@ impl Member {
         let unwinding = thread::panicking();
         destructor::enter();
         let in_scope = self.is_away() && self.set().enter_drop(self.slot, self.extra);
-        let outside = Outside::enter(self.set.take(), self.slot);
-        if !outside.is_nowhere() {
-            self.set = outside.leave();
+        let inside = InTask::enter(self.set.take(), self.slot);
+        if !inside.is_from_nowhere() {
+            self.set = inside.leave();
         }
         self.phase = Phase::Dropping { unwinding, in_scope };
     }
@@ -410,7 +410,7 @@ impl Drop for Member {
         if let Phase::Dropping { unwinding, in_scope } = self.phase {
             was_in_scope = in_scope;
             if self.set.is_none() {
-                self.set = Outside::nowhere().leave();
+                self.set = InTask::from_nowhere().leave();
             }
             if thread::panicking() && !unwinding {
                 // A destructor of the task's has.
