@@ -85,6 +85,7 @@
 //! outside of a runtime, or in one without a time driver: there, `Drain(d)` lasts until shutdown
 //! and timeouts do nothing, and one event at level `WARN` says so.
 
+mod group;
 mod ledger;
 mod lifetime;
 mod observe;
@@ -116,6 +117,7 @@ use tower_layer::Layer;
 use tower_response_end::{Asked, RequestBody, WithRequestBody};
 use tower_service::Service;
 
+pub use group::{FailFast, Group, GroupError, GroupHandle, Join, WaitAll};
 pub use ledger::{Counts, ForcedTask, LiveTask, Snapshot, TaskState};
 pub use lifetime::AtEnd;
 pub use observe::{Observe, TaskEvent};

@@ -13,7 +13,7 @@ use tower_response_end::End;
 use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 
 use crate::{
-    AtEnd, Observe, Snapshot, StopToken, TaskHandle,
+    AtEnd, Group, Observe, Snapshot, StopToken, TaskHandle,
     ledger::Base,
     lifetime::Policy,
     reaper::Runtime,
@@ -177,8 +177,13 @@ impl TaskRegistry {
     }
 
     /// A task that is yet to be spawned, for choices of its own.
-    pub fn task(&self, name: &'static str) -> NewTask<'_> {
-        NewTask::of_registry(self, name)
+    pub const fn task(&self, name: &'static str) -> NewTask<'_, Self> {
+        NewTask::new(self, name)
+    }
+
+    /// A group of tasks that belong to no request: see [`TaskSet::group`](crate::TaskSet::group).
+    pub fn group(&self) -> Group {
+        Group::new(self.clone())
     }
 
     /// How many tasks live.
@@ -307,6 +312,11 @@ impl TaskRegistry {
                 Err(Refusal::Because(reason)) => return Err(reason),
             }
         }
+    }
+
+    /// Counts an attempt that was refused before it came to a set.
+    pub(crate) fn count_refused(&self, plan: &Plan) {
+        self.owner().refuse(plan.name);
     }
 
     fn owner(&self) -> &Arc<Owner> {

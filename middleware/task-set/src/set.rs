@@ -497,6 +497,25 @@ impl Set {
         (kind.name, kind.site)
     }
 
+    /// The name and the site of the tasks of a kind.
+    pub(crate) fn kind(&self, kind: u16) -> (&'static str, &'static Location<'static>) {
+        let Kind { name, site, .. } = self.lock().kinds[usize::from(kind)];
+        (name, site)
+    }
+
+    /// How the response has ended, if it has.
+    pub(crate) fn ended(&self) -> Option<End> {
+        self.lock().end
+    }
+
+    /// Counts an attempt that was refused before it came here.
+    #[cold]
+    pub(crate) fn count_refused(self: &Arc<Self>, plan: &Plan) {
+        if let Refusal::Gone = self.refuse(self.lock(), plan, SpawnError::Closed) {
+            self.owner().refuse_late(self.place, plan.name);
+        }
+    }
+
     /// The response is over.
     pub(crate) fn end(self: &Arc<Self>, end: End) {
         let mut inner = self.lock();

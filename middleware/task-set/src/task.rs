@@ -78,6 +78,15 @@ pub enum TaskError {
     TimedOut,
     /// It panicked, in a poll or while it was dropped.
     Panicked(Panic),
+    /// It returned an error, which its [group](crate::Group::fail_fast) has.
+    Failed,
+}
+
+impl TaskError {
+    /// Whether the task has failed, and was not just told to end.
+    pub(crate) const fn is_failure(&self) -> bool {
+        matches!(self, Self::Panicked(_) | Self::TimedOut | Self::Failed)
+    }
 }
 
 impl fmt::Display for TaskError {
@@ -87,6 +96,7 @@ impl fmt::Display for TaskError {
             Self::Aborted(cause) => write!(f, "the task was aborted: {cause}"),
             Self::TimedOut => f.write_str("the task took longer than its timeout"),
             Self::Panicked(panic) => fmt::Display::fmt(panic, f),
+            Self::Failed => f.write_str("the task returned an error, which its group has"),
         }
     }
 }
@@ -452,7 +462,7 @@ impl<T> TaskHandle<T> {
     /// that has ended, or never awaits, is not affected.
     pub fn cancel(&self) {
         if !self.join.is_finished() {
-            self.canceller.cancel();
+            self.canceller.cancel(Cause::Requested);
         }
     }
 
@@ -508,7 +518,7 @@ impl AbortHandle {
     /// Tells the task to end: see [`TaskHandle::cancel`].
     pub fn abort(&self) {
         if !self.task.is_finished() {
-            self.canceller.cancel();
+            self.canceller.cancel(Cause::Requested);
         }
     }
 
@@ -543,8 +553,12 @@ pub(crate) struct Canceller {
 }
 
 impl Canceller {
-    pub(crate) fn cancel(&self) {
-        self.set.cancel_task(self.slot, self.generation, Cause::Requested);
+    pub(crate) fn cancel(&self, cause: Cause) {
+        self.set.cancel_task(self.slot, self.generation, cause);
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.set.kind(self.kind).0
     }
 
     fn drop_panic(&self, payload: Box<dyn Any + Send>) -> Panic {

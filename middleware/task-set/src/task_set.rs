@@ -4,11 +4,11 @@ use tower_response_end::{End, hold};
 use tower_spawn_limit::{Refused, SpawnError};
 
 use crate::{
-    AtEnd, TaskHandle, TaskRegistry,
+    AtEnd, Group, GroupHandle, Join, StopToken, TaskHandle, TaskRegistry,
     lifetime::Policy,
     place,
     set::{Refusal, Set, Ticket},
-    stop::{Stop, StopToken},
+    stop::Stop,
     task::{Blocking, Cause, Graceful},
 };
 
@@ -124,7 +124,12 @@ impl TaskSet {
 
     /// A task that is yet to be spawned, for choices of its own.
     pub const fn task(&self, name: &'static str) -> NewTask<'_> {
-        NewTask { owner: TaskOwner::Set(&self.0), name, choice: None }
+        NewTask::new(self, name)
+    }
+
+    /// Tasks of this set that end together: see [`Group`].
+    pub fn group(&self) -> Group {
+        Group::new(self.clone())
     }
 
     /// What becomes of the set's tasks at the end of the response, if they do not say otherwise.
@@ -227,23 +232,20 @@ impl fmt::Display for NoTaskSet {
 impl std::error::Error for NoTaskSet {}
 
 /// A task that is yet to be spawned, and its choices.
+///
+/// `O` is what it is spawned into: a [`TaskSet`], a [`TaskRegistry`](crate::TaskRegistry) or a
+/// [`Group`].
 #[derive(Clone, Debug)]
 #[must_use = "nothing is spawned yet"]
-pub struct NewTask<'a> {
-    owner: TaskOwner<'a>,
+pub struct NewTask<'a, O = TaskSet> {
+    owner: &'a O,
     name: &'static str,
     choice: Option<Choice>,
 }
 
-#[derive(Clone, Copy, Debug)]
-enum TaskOwner<'a> {
-    Set(&'a Arc<Set>),
-    Registry(&'a TaskRegistry),
-}
-
-impl<'a> NewTask<'a> {
-    pub(crate) const fn of_registry(registry: &'a TaskRegistry, name: &'static str) -> Self {
-        Self { owner: TaskOwner::Registry(registry), name, choice: None }
+impl<'a, O> NewTask<'a, O> {
+    pub(crate) const fn new(owner: &'a O, name: &'static str) -> Self {
+        Self { owner, name, choice: None }
     }
 
     /// What becomes of it when the response is over. A task that belongs to no request is kept.
@@ -276,6 +278,29 @@ impl<'a> NewTask<'a> {
         self
     }
 
+    fn choice(&mut self) -> &mut Choice {
+        self.choice.get_or_insert_default()
+    }
+
+    fn plan(self, site: &'static Location<'static>) -> Plan {
+        Plan { name: self.name, site, choice: self.choice }
+    }
+
+    fn plan_with_stop(
+        mut self,
+        site: &'static Location<'static>,
+        blocks: bool,
+    ) -> (Plan, StopToken) {
+        let stop = Arc::<Stop>::default();
+        let choice = self.choice();
+        choice.stop = Some(stop.clone());
+        choice.blocks = blocks;
+        (self.plan(site), StopToken::new(stop))
+    }
+}
+
+#[expect(private_bounds, reason = "nobody else owns tasks")]
+impl<O: TaskOwner> NewTask<'_, O> {
     /// Spawns it.
     ///
     /// # Errors
@@ -287,8 +312,8 @@ impl<'a> NewTask<'a> {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let plan = self.plan(Location::caller());
-        match self.owner.admit(&plan) {
+        let (owner, plan) = (self.owner, self.plan(Location::caller()));
+        match owner.admit(&plan) {
             Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
             Err(reason) => Err(Refused { reason, future }),
         }
@@ -306,8 +331,9 @@ impl<'a> NewTask<'a> {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
+        let owner = self.owner;
         let (plan, stop) = self.plan_with_stop(Location::caller(), false);
-        match self.owner.admit(&plan) {
+        match owner.admit(&plan) {
             Ok((set, ticket)) => {
                 let work = ticket.track(&set, Graceful::new(make, stop));
                 Ok(set.spawn(&ticket, work))
@@ -331,8 +357,9 @@ impl<'a> NewTask<'a> {
         F: FnOnce(StopToken) -> T + Send + 'static,
         T: Send + 'static,
     {
+        let owner = self.owner;
         let (plan, stop) = self.plan_with_stop(Location::caller(), true);
-        match self.owner.admit(&plan) {
+        match owner.admit(&plan) {
             Ok((set, ticket)) => {
                 let work = ticket.track(&set, Blocking::new(closure, stop));
                 Ok(set.spawn_blocking(&ticket, work))
@@ -340,32 +367,123 @@ impl<'a> NewTask<'a> {
             Err(reason) => Err(Refused { reason, future: closure }),
         }
     }
+}
 
-    fn choice(&mut self) -> &mut Choice {
-        self.choice.get_or_insert_default()
+/// Into a group.
+impl<J> NewTask<'_, GroupHandle<J>> {
+    /// Spawns it.
+    ///
+    /// # Errors
+    ///
+    /// As [`GroupHandle::spawn`].
+    #[track_caller]
+    pub fn spawn<F>(self, future: F) -> Result<TaskHandle<J::Value>, Refused<F>>
+    where
+        F: Future + Send + 'static,
+        J: Join<F::Output>,
+    {
+        let (owner, plan) = (self.owner, self.plan(Location::caller()));
+        match owner.admit(&plan) {
+            Ok((set, ticket, seat)) => {
+                let work = owner.work(ticket.track(&set, future), seat);
+                Ok(set.spawn(&ticket, work))
+            }
+            Err(reason) => Err(Refused { reason, future }),
+        }
     }
 
-    fn plan(&self, site: &'static Location<'static>) -> Plan {
-        Plan { name: self.name, site, choice: self.choice.clone() }
+    /// Spawns it as a graceful task: see [`TaskSet::spawn_graceful`].
+    ///
+    /// # Errors
+    ///
+    /// As [`GroupHandle::spawn`].
+    #[track_caller]
+    pub fn spawn_graceful<M, F>(self, make: M) -> Result<TaskHandle<J::Value>, Refused<M>>
+    where
+        M: FnOnce(StopToken) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        J: Join<F::Output>,
+    {
+        let owner = self.owner;
+        let (plan, stop) = self.plan_with_stop(Location::caller(), false);
+        match owner.admit(&plan) {
+            Ok((set, ticket, seat)) => {
+                let tracked = ticket.track(&set, Graceful::new(make, stop));
+                let work = owner.work(tracked, seat);
+                Ok(set.spawn(&ticket, work))
+            }
+            Err(reason) => Err(Refused { reason, future: make }),
+        }
     }
 
-    fn plan_with_stop(&self, site: &'static Location<'static>, blocks: bool) -> (Plan, StopToken) {
-        let stop = Arc::<Stop>::default();
-        let choice = self.choice.clone().unwrap_or_default();
-        let choice = Choice { stop: Some(stop.clone()), blocks, ..choice };
-        (Plan { name: self.name, site, choice: Some(choice) }, StopToken::new(stop))
+    /// Spawns it as a closure that may block: see [`TaskSet::spawn_blocking`].
+    ///
+    /// # Errors
+    ///
+    /// As [`GroupHandle::spawn`].
+    ///
+    /// # Panics
+    ///
+    /// As [`TaskSet::spawn_blocking`].
+    #[track_caller]
+    pub fn spawn_blocking<F, T>(self, closure: F) -> Result<TaskHandle<J::Value>, Refused<F>>
+    where
+        F: FnOnce(StopToken) -> T + Send + 'static,
+        T: 'static,
+        J: Join<T>,
+    {
+        let owner = self.owner;
+        let (plan, stop) = self.plan_with_stop(Location::caller(), true);
+        match owner.admit(&plan) {
+            Ok((set, ticket, seat)) => {
+                let tracked = ticket.track(&set, Blocking::new(closure, stop));
+                let work = owner.work(tracked, seat);
+                Ok(set.spawn_blocking(&ticket, work))
+            }
+            Err(reason) => Err(Refused { reason, future: closure }),
+        }
     }
 }
 
-impl TaskOwner<'_> {
-    fn admit(self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
-        match self {
-            Self::Set(set) => match set.admit(plan) {
-                Ok(ticket) => Ok((set.clone(), ticket)),
-                Err(refusal) => admit_elsewhere(set, plan, &refusal),
-            },
-            Self::Registry(registry) => registry.admit(plan),
+/// Whose tasks they are: a set or a registry.
+pub(crate) trait TaskOwner: Send + Sync + 'static {
+    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError>;
+
+    /// Counts an attempt that a group refuses.
+    fn count_refused(&self, plan: &Plan);
+
+    /// Why what is left is told to end, if it has ended.
+    fn ended(&self) -> Option<Cause>;
+}
+
+impl TaskOwner for TaskSet {
+    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
+        match self.0.admit(plan) {
+            Ok(ticket) => Ok((self.0.clone(), ticket)),
+            Err(refusal) => admit_elsewhere(&self.0, plan, &refusal),
         }
+    }
+
+    fn count_refused(&self, plan: &Plan) {
+        self.0.count_refused(plan);
+    }
+
+    fn ended(&self) -> Option<Cause> {
+        self.0.ended().map(Cause::from)
+    }
+}
+
+impl TaskOwner for TaskRegistry {
+    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
+        self.admit(plan)
+    }
+
+    fn count_refused(&self, plan: &Plan) {
+        self.count_refused(plan);
+    }
+
+    fn ended(&self) -> Option<Cause> {
+        None
     }
 }
 

@@ -5,8 +5,8 @@ use std::{sync::mpsc, time::Duration};
 use tokio::runtime::Builder;
 use tower_request_context::RequestContext;
 use tower_task_set::{
-    AtEnd, Cause, SpawnError, SpawnLimit, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
-    TaskState,
+    AtEnd, Cause, SpawnError, SpawnLimit, StopToken, TaskError, TaskHandle, TaskRegistry, TaskSet,
+    TaskSetLayer, TaskState,
 };
 
 use crate::support::*;
@@ -60,7 +60,7 @@ async fn it_is_a_task_until_it_returns_and_keeps_its_permit() {
 async fn it_is_told_to_end_and_why() {
     let tasks = TaskRegistry::new();
     let (tell, told) = mpsc::channel();
-    let waits = |stop: tower_task_set::StopToken| {
+    let waits = |stop: StopToken| {
         while !stop.is_cancelled() {
             std::thread::yield_now();
         }
@@ -148,11 +148,8 @@ async fn the_set_and_the_context_are_current_in_it_and_in_its_destructors() {
 async fn its_panic_is_caught_and_told() {
     let tasks = TaskRegistry::new();
     let line = line!() + 1;
-    let task = tasks.spawn_blocking("blocking", |_| panic!("in the closure"));
-    let panic = match task.unwrap().await {
-        Err(tower_task_set::TaskError::Panicked(panic)) => panic,
-        other => panic!("{:?}", other.map(|()| ())),
-    };
+    let task = tasks.spawn_blocking::<_, ()>("blocking", |_| panic!("in the closure"));
+    let Err(TaskError::Panicked(panic)) = task.unwrap().await else { unreachable!() };
     assert_eq!((panic.message(), panic.task()), ("in the closure", Some("blocking")));
     assert_eq!(panic.spawn_site().map(std::panic::Location::line), Some(line));
     assert_ledger(&tasks, "panicked 1");

@@ -9,6 +9,7 @@ mod blocking;
 mod context;
 #[cfg(feature = "axum")]
 mod extract;
+mod group;
 mod ledger;
 mod lifetime;
 mod log;

@@ -34,6 +34,8 @@ fn assert_about(found: Duration, expected: Duration) {
     assert!(found >= expected && found < expected + slack, "{found:?}, not {expected:?}");
 }
 
+type Tell = fn(&TaskRegistry, &TaskSet, &TaskHandle<Cause>);
+
 #[tokio::test(start_paused = true)]
 async fn a_task_sees_why_it_is_told_at_its_next_poll_and_its_result_counts() {
     let tasks = TaskRegistry::new().at_end(AtEnd::Cancel);
@@ -48,7 +50,6 @@ async fn a_task_sees_why_it_is_told_at_its_next_poll_and_its_result_counts() {
         assert_eq!((found, lived), (Yield::Completed(cause(end)), Duration::ZERO));
         told += 1;
     }
-    type Tell = fn(&TaskRegistry, &TaskSet, &TaskHandle<Cause>);
     let ways: [(Tell, Cause); 4] = [
         (|_, _, task| task.cancel(), Cause::Requested),
         (|_, _, task| task.abort_handle().abort(), Cause::Requested),
