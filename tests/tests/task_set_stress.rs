@@ -242,7 +242,7 @@ fn end(dice: &mut Dice) -> End {
 struct Pends;
 
 impl Body for Pends {
-    type Data = &'static [u8];
+    type Data = bytes::Bytes;
     type Error = std::convert::Infallible;
 
     fn poll_frame(

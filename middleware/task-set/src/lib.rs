@@ -11,19 +11,20 @@
 //! # Example
 //!
 //! ```
+//! use bytes::Bytes;
 //! use http::{Request, Response};
 //! use http_body_util::{BodyExt, Empty};
 //! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
 //! use tower_task_set::{TaskRegistry, TaskSet, TaskSetLayer, assert_drained};
 //!
 //! # #[tokio::main(flavor = "current_thread")]
-//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
 //! let tasks = TaskRegistry::new();
 //! let mut service = ServiceBuilder::new().layer(TaskSetLayer::new(&tasks)).service(service_fn(
 //!     |_: Request<()>| async {
 //!         let tasks = TaskSet::current()?;
 //!         tasks.spawn("send_receipt", async { /* mail it */ })?;
-//!         Ok::<_, Box<dyn std::error::Error>>(Response::new(Empty::<&[u8]>::new()))
+//!         Ok::<_, Box<dyn std::error::Error + Send + Sync>>(Response::new(Empty::<Bytes>::new()))
 //!     },
 //! ));
 //!
@@ -50,6 +51,7 @@
 //! | response future dropped, body dropped | cancelled | has `d`, then cancelled | goes on |
 //! | response completed or failed | cancelled | has `d`, then cancelled | goes on |
 //! | handler or body panicked | cancelled | has `d`, then cancelled | goes on |
+//! | its request's [deadline](#deadlines) passed | cancelled | has `d`, then cancelled | goes on |
 //! | its own timeout passed | timed out | timed out | timed out |
 //! | [`cancel_all`](TaskRegistry::cancel_all), at shutdown | cancelled | cancelled | cancelled |
 //! | runtime dropped | aborted | aborted | aborted |
@@ -60,6 +62,19 @@
 //! When the response is over, handles outside of the set's tasks get
 //! [`SpawnError::Closed`]. A task that may still run may still spawn; what it spawns lives as it
 //! does, or shorter if that is chosen. A set that was cancelled accepts nothing.
+//!
+//! # Deadlines
+//!
+//! [`deadline`](TaskSetLayer::deadline) gives a response a time, from the call to its end. When that
+//! is over, the handler or the body is dropped, and the set ends with [`End::TimedOut`]; then a
+//! task's lifetime counts, as ever. The client gets 504 in place of the head; after it the body ends
+//! in [`BodyError::Stopped`]. A gRPC client gets status 4, after the head in trailers. The caller of
+//! a [plain](TaskSetLayer::plain) service gets [`CallError::Stopped`].
+//!
+//! It is the backstop where [the server cannot see](tower_response_end#what-it-cannot-see) that a
+//! client has left. The set ends in time whatever the server does, and whoever
+//! [holds](TaskSet::hold) it. The body ends when it is next polled, which hyper does not do while the
+//! client does not read: then the socket stays open until the client closes it.
 //!
 //! # Where the set is current
 //!
@@ -80,11 +95,15 @@
 //!
 //! A panic in a task is the task's [`Outcome`], and one event at level `ERROR` with the name, the
 //! place of the spawn and the trace id, and the place of the panic if a
-//! [hook](tower_catch_unwind::install_hook) was installed. Nothing else ends because of it. A panic
-//! in an [observer](Observe) or in the values of a request is contained, and one event too. Nothing here panics
-//! outside of a runtime, or in one without a time driver: there, `Drain(d)` lasts until shutdown
-//! and timeouts do nothing, and one event at level `WARN` says so.
+//! [hook](tower_catch_unwind::install_hook) was installed. Nothing else ends because of it, unless
+//! [`OnPanic`] says so. A panic in an [observer](Observe) or in the values of a request is
+//! contained, and one event too.
+//!
+//! Nothing here panics outside of a runtime, or in one without a time driver: there, `Drain(d)`
+//! lasts until shutdown, timeouts and request deadlines do nothing, and one event at level `WARN`
+//! says so.
 
+mod deadline;
 mod group;
 mod ledger;
 mod lifetime;
@@ -111,15 +130,17 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
 use tower_layer::Layer;
+use tower_request_context::Dialect;
 use tower_response_end::{Asked, RequestBody, WithRequestBody};
 use tower_service::Service;
 
 pub use group::{FailFast, Group, GroupError, GroupHandle, Join, WaitAll};
 pub use ledger::{Counts, ForcedTask, LiveTask, Snapshot, TaskState};
-pub use lifetime::AtEnd;
+pub use lifetime::{AtEnd, OnPanic};
 pub use observe::{Observe, TaskEvent};
 pub use place::ResponseScope;
 pub use registry::{TaskRegistry, assert_drained};
@@ -127,16 +148,17 @@ pub use stop::StopToken;
 
 pub use task::{AbortHandle, Cause, Outcome, TaskError, TaskHandle};
 pub use task_set::{Hold, NewTask, NoTaskSet, TaskSet};
-pub use tower_response_end::{End, Http, Plain};
+pub use tower_response_end::{BodyError, CallError, End, Http, Plain, Stopped};
 pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 
+use deadline::Limit;
 use registry::Config;
 
 /// Response future of [`WithTaskSet`].
-pub type ResponseFuture<F, P = Http> = tower_response_end::ResponseFuture<F, ResponseScope, P>;
+pub type ResponseFuture<F, P = Http> = tower_response_end::StoppableFuture<F, ResponseScope, P>;
 
 /// Response body of [`WithTaskSet`].
-pub type ResponseBody<B> = tower_response_end::ResponseBody<B, ResponseScope>;
+pub type ResponseBody<B> = tower_response_end::StoppableBody<B, ResponseScope>;
 
 /// Gives every request a [`TaskSet`].
 ///
@@ -148,19 +170,26 @@ pub type ResponseBody<B> = tower_response_end::ResponseBody<B, ResponseScope>;
 pub struct TaskSetLayer<P = Http> {
     config: Arc<Config>,
     in_extensions: bool,
+    deadline: Option<Limit>,
     protocol: PhantomData<fn() -> P>,
 }
 
 impl TaskSetLayer {
     /// A layer whose sets belong to `registry`.
     pub fn new(registry: &TaskRegistry) -> Self {
-        Self { config: registry.config().clone(), in_extensions: false, protocol: PhantomData }
+        Self {
+            config: registry.config().clone(),
+            in_extensions: false,
+            deadline: None,
+            protocol: PhantomData,
+        }
     }
 
     /// The same layer for a `Service` of anything else than HTTP requests, a queue's worker for
     /// instance: there the response is over when its future is.
     pub fn plain(self) -> TaskSetLayer<Plain> {
-        TaskSetLayer { config: self.config, in_extensions: false, protocol: PhantomData }
+        let Self { config, deadline, .. } = self;
+        TaskSetLayer { config, in_extensions: false, deadline, protocol: PhantomData }
     }
 
     /// Also puts the [`TaskSet`] into the request's type map, where the extractor looks first: for
@@ -176,8 +205,8 @@ impl TaskSetLayer {
     ///
     /// [`ResponseEndLayer::watch_request_body`]: tower_response_end::ResponseEndLayer::watch_request_body
     pub fn watch_request_body(self) -> TaskSetLayer<WithRequestBody> {
-        let Self { config, in_extensions, .. } = self;
-        TaskSetLayer { config, in_extensions, protocol: PhantomData }
+        let Self { config, in_extensions, deadline, .. } = self;
+        TaskSetLayer { config, in_extensions, deadline, protocol: PhantomData }
     }
 }
 
@@ -207,6 +236,25 @@ impl<P> TaskSetLayer<P> {
         config.layer.set_grace(grace);
         self
     }
+
+    /// What else becomes of it when a task panics, if neither the set nor the task says otherwise.
+    pub fn on_panic(mut self, choice: OnPanic) -> Self {
+        let config = Arc::make_mut(&mut self.config);
+        config.policy.on_panic(choice);
+        config.layer.on_panic(choice);
+        self
+    }
+
+    /// Gives a response this long, from the call to its end: see
+    /// [Deadlines](crate#deadlines).
+    ///
+    /// A gRPC client may ask for less (`grpc-timeout`); what is no such value is ignored. For its
+    /// wish alone choose `Duration::MAX`. Else choose what the slowest honest client takes for the
+    /// largest response: an event stream ends by it too.
+    pub fn deadline(mut self, time: Duration) -> Self {
+        self.deadline = Some(Limit::new(time));
+        self
+    }
 }
 
 impl<P> Clone for TaskSetLayer<P> {
@@ -214,6 +262,7 @@ impl<P> Clone for TaskSetLayer<P> {
         Self {
             config: self.config.clone(),
             in_extensions: self.in_extensions,
+            deadline: self.deadline.clone(),
             protocol: PhantomData,
         }
     }
@@ -224,6 +273,7 @@ impl<P> fmt::Debug for TaskSetLayer<P> {
         f.debug_struct("TaskSetLayer")
             .field("policy", &self.config.policy)
             .field("in_extensions", &self.in_extensions)
+            .field("deadline", &self.deadline)
             .finish_non_exhaustive()
     }
 }
@@ -244,8 +294,9 @@ pub struct WithTaskSet<S, P = Http> {
 }
 
 impl<S, P> WithTaskSet<S, P> {
-    fn scope<B>(&self, request: &mut Request<B>) -> ResponseScope {
-        let mut scope = ResponseScope::new(&self.layer.config);
+    fn scope<B>(&self, request: &mut Request<B>, dialect: Dialect) -> ResponseScope {
+        let deadline = self.layer.deadline.as_ref().and_then(|limit| limit.of(request, dialect));
+        let mut scope = ResponseScope::new(&self.layer.config, deadline);
         // What is in the type map must not fall behind: the extractor looks there first.
         if self.layer.in_extensions || request.extensions().get::<TaskSet>().is_some() {
             if let Some(set) = scope.set() {
@@ -266,6 +317,7 @@ impl<S, B, ResBody> Service<Request<B>> for WithTaskSet<S, Http>
 where
     S: Service<Request<B>, Response = Response<ResBody>>,
     ResBody: Body,
+    ResBody::Data: From<Bytes>,
 {
     type Response = Response<ResponseBody<ResBody>>;
     type Error = S::Error;
@@ -276,9 +328,10 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let scope = self.scope(&mut request);
+        let dialect = Dialect::of(&request);
+        let scope = self.scope(&mut request, dialect);
         let asked = Asked::of(&request);
-        ResponseFuture::http(scope, asked, || self.inner.call(request))
+        ResponseFuture::http(scope, asked, dialect, || self.inner.call(request))
     }
 }
 
@@ -286,6 +339,7 @@ impl<S, B, ResBody> Service<Request<B>> for WithTaskSet<S, WithRequestBody>
 where
     S: Service<Request<RequestBody<B>>, Response = Response<ResBody>>,
     ResBody: Body,
+    ResBody::Data: From<Bytes>,
 {
     type Response = Response<ResponseBody<ResBody>>;
     type Error = S::Error;
@@ -296,9 +350,10 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let scope = self.scope(&mut request);
+        let dialect = Dialect::of(&request);
+        let scope = self.scope(&mut request, dialect);
         let (request, asked) = Asked::with_request_body(request);
-        ResponseFuture::http(scope, asked, || self.inner.call(request))
+        ResponseFuture::http(scope, asked, dialect, || self.inner.call(request))
     }
 }
 
@@ -307,15 +362,16 @@ where
     S: Service<Req>,
 {
     type Response = S::Response;
-    type Error = S::Error;
+    type Error = CallError<S::Error>;
     type Future = ResponseFuture<S::Future, Plain>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
+        self.inner.poll_ready(cx).map_err(CallError::Inner)
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        let scope = ResponseScope::new(&self.layer.config);
+        let deadline = self.layer.deadline.as_ref().and_then(Limit::deadline);
+        let scope = ResponseScope::new(&self.layer.config, deadline);
         ResponseFuture::<_, Plain>::plain(scope, || self.inner.call(request))
     }
 }

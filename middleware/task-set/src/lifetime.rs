@@ -38,12 +38,29 @@ impl fmt::Display for AtEnd {
     }
 }
 
+/// What else becomes of it when a task panics. The panic is logged and counted in any case, and is
+/// the task's [outcome](crate::TaskError::Panicked).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum OnPanic {
+    /// Nothing.
+    #[default]
+    Isolate,
+    /// All tasks of its set are told to end, for [`Cause::Sibling`](crate::Cause::Sibling), and the
+    /// set accepts no more. A task that belongs to no request has no siblings.
+    CancelSiblings,
+    /// Its response fails: before the head the answer is a 500 or gRPC status 13, after it the body
+    /// ends in an error, or in trailers for a gRPC client. When the response is over, nothing.
+    FailResponse,
+}
+
 /// What was chosen, on a layer, a set or a task: for all ends, and for some of them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Policy {
     at_end: Option<AtEnd>,
     on: Vec<(End, AtEnd)>,
     grace: Option<Duration>,
+    on_panic: Option<OnPanic>,
 }
 
 impl Policy {
@@ -69,6 +86,15 @@ impl Policy {
         own.and_then(|own| own.grace).or(self.grace).unwrap_or(Self::GRACE)
     }
 
+    pub(crate) fn on_panic(&mut self, choice: OnPanic) {
+        self.on_panic = Some(choice);
+    }
+
+    /// What was chosen for a panic, if anything.
+    pub(crate) fn for_panic(&self) -> Option<OnPanic> {
+        self.on_panic
+    }
+
     /// What was chosen for this end, if anything.
     pub(crate) fn get(&self, end: End) -> Option<AtEnd> {
         let exception = self.on.iter().find(|(other, _)| *other == end);
@@ -85,7 +111,7 @@ impl Policy {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        !self.has_lifetime() && self.grace.is_none()
+        !self.has_lifetime() && self.grace.is_none() && self.on_panic.is_none()
     }
 
     /// Adds what `inner` chose, which counts first.
@@ -97,5 +123,6 @@ impl Policy {
             self.on(*end, *lifetime);
         }
         self.grace = inner.grace.or(self.grace);
+        self.on_panic = inner.on_panic.or(self.on_panic);
     }
 }

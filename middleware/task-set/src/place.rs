@@ -2,12 +2,19 @@ use std::{
     cell::Cell,
     mem::{self, ManuallyDrop},
     sync::Arc,
+    task::{Context, Poll},
 };
 
+use tokio::time::Instant;
 use tower_request_context::{RequestContext, Scope};
-use tower_response_end::{End, Watch};
+use tower_response_end::{End, Stop, Stopped, Watch};
 
-use crate::{registry::Config, set::Set};
+use crate::{deadline::Deadline, registry::Config, set::Set};
+
+thread_local! {
+    /// When the response that is served here has to be over.
+    static UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
+}
 
 #[cfg(not(loom))]
 thread_local! {
@@ -82,13 +89,17 @@ pub(crate) fn current() -> Option<Arc<Set>> {
         }
         // May be the code of others, who may ask for the set too.
         let context = RequestContext::current();
-        here.look(|current| {
+        let set = here.look(|current| {
             *current = match mem::take(current) {
                 Current::Unasked(layer) => Current::Set(Set::new(layer, context), JUST_MADE),
                 made => made,
             };
             set_of(current).ok().flatten()
-        })
+        })?;
+        if let Some(at) = UNTIL.with(Cell::get) {
+            set.limit_time(at);
+        }
+        Some(set)
     })
 }
 
@@ -167,11 +178,13 @@ impl InTask {
 pub struct ResponseScope {
     /// `None` if a layer of the same registry is outside: the set is its.
     own: Option<Current>,
+    // Boxed, for most have none, and all are moved about.
+    deadline: Option<Box<Deadline>>,
 }
 
 impl ResponseScope {
     #[inline]
-    pub(crate) fn new(layer: &Arc<Config>) -> Self {
+    pub(crate) fn new(layer: &Arc<Config>, deadline: Option<Box<Deadline>>) -> Self {
         let (nested, in_task) = HERE.with(|here| {
             here.look(|current| match current {
                 Current::Set(set, slot) => {
@@ -189,7 +202,12 @@ impl ResponseScope {
                 set.add_policy(&layer.layer);
             }
         }
-        Self { own: (!nested).then(|| Current::Unasked(layer.clone())) }
+        if let Some(deadline) = deadline.as_ref().filter(|_| nested) {
+            if let Some(set) = made() {
+                set.limit_time(deadline.at());
+            }
+        }
+        Self { own: (!nested).then(|| Current::Unasked(layer.clone())), deadline }
     }
 
     /// The set, now.
@@ -214,16 +232,33 @@ fn settle() {
     Scope::settle();
 }
 
+/// The set that is current, if it has been made.
+#[cold]
+fn made() -> Option<Arc<Set>> {
+    HERE.with(|here| {
+        here.look(|current| match current {
+            Current::Set(set, _) => Some(set.clone()),
+            Current::Unasked(_) | Current::Nothing => None,
+        })
+    })
+}
+
 impl Watch for ResponseScope {
     #[inline]
     fn enter(&mut self) {
         if let Some(own) = &mut self.own {
             HERE.with(|here| here.swap(own));
         }
+        if let Some(deadline) = &mut self.deadline {
+            UNTIL.with(|until| until.set(Some(deadline.enter(until.get()))));
+        }
     }
 
     #[inline]
     fn leave(&mut self) {
+        if let Some(deadline) = &mut self.deadline {
+            UNTIL.with(|until| until.set(deadline.leave()));
+        }
         let Some(own) = &mut self.own else { return };
         HERE.with(|here| here.swap(own));
         if let Current::Set(_, slot) = own {
@@ -243,7 +278,28 @@ impl Watch for ResponseScope {
             Some(Current::Set(set, _)) => set.end(end),
             // From now on no set can be made any more.
             Some(own) => *own = Current::Nothing,
+            // The set is that of a layer outside, whose response this is too.
+            None if end == End::TimedOut => {
+                if let Some(set) = made() {
+                    set.end(end);
+                }
+            }
             None => {}
+        }
+    }
+}
+
+impl Stop for ResponseScope {
+    #[inline]
+    fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped> {
+        if let Some(deadline) = &mut self.deadline {
+            if deadline.poll(cx).is_ready() {
+                return Poll::Ready(Stopped::TimedOut);
+            }
+        }
+        match &self.own {
+            Some(Current::Set(set, _)) => set.poll_failed(cx).map(Stopped::Panicked),
+            _ => Poll::Pending,
         }
     }
 }

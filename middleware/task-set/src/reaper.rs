@@ -64,6 +64,8 @@ pub(crate) enum Who {
     Set,
     /// The task in this slot.
     Task(u32),
+    /// The response.
+    Response,
 }
 
 impl Runtime {

@@ -13,7 +13,7 @@ use tower_response_end::End;
 use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 
 use crate::{
-    AtEnd, Group, Observe, Snapshot, StopToken, TaskHandle,
+    AtEnd, Group, Observe, OnPanic, Snapshot, StopToken, TaskHandle,
     ledger::Base,
     lifetime::Policy,
     reaper::Runtime,
@@ -89,6 +89,13 @@ impl TaskRegistry {
     /// set nor the task says otherwise: see [`NewTask::grace`].
     pub fn grace(mut self, grace: Duration) -> Self {
         self.choose().policy.set_grace(grace);
+        self
+    }
+
+    /// What else becomes of it when a task panics, if neither the layer nor the set nor the task
+    /// says otherwise.
+    pub fn on_panic(mut self, choice: OnPanic) -> Self {
+        self.choose().policy.on_panic(choice);
         self
     }
 

@@ -21,7 +21,7 @@ use tower_spawn_limit::SpawnError;
 use tracing::field;
 
 use crate::{
-    Counts, TaskEvent, TaskRegistry,
+    Counts, OnPanic, TaskEvent, TaskRegistry,
     ledger::{Base, Kind},
     lifetime::Policy,
     place,
@@ -35,7 +35,7 @@ use crate::{
 
 pub(crate) use home::Home;
 
-use members::{Extra, FREE, Inner, Lifetime, NONE, Stage};
+use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, Stage};
 
 /// So many tasks are woken for each lock.
 const WAKERS: usize = 32;
@@ -309,6 +309,7 @@ impl Set {
         Extra {
             // What belongs to no request is kept.
             policy: plan.policy().filter(|_| !self.own).cloned(),
+            on_panic: plan.on_panic(),
             lifetime,
             timeout: self.note(runtime, timeout, Who::Task(slot)),
             stop: plan.stop().cloned(),
@@ -516,17 +517,27 @@ impl Set {
         }
     }
 
-    /// The response is over.
+    /// The response is over. Its deadline waits for nobody who holds it.
     pub(crate) fn end(self: &Arc<Self>, end: End) {
         let mut inner = self.lock();
         if inner.end.is_some() {
             return;
         }
-        if inner.holds > 0 {
+        if inner.holds > 0 && end != End::TimedOut {
             inner.held_end.get_or_insert(end);
             return;
         }
         inner.end = Some(end);
+        // Wakers are the code of others.
+        let waker = inner.response.take();
+        if let Some(deadline) = &mut inner.deadline {
+            self.forget(deadline.key.take());
+        }
+        self.end_tasks(inner, end);
+        drop(waker);
+    }
+
+    fn end_tasks(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, end: End) {
         if inner.live == 0 || inner.cancelled {
             let over = inner.is_over(self.own);
             drop(inner);
@@ -569,6 +580,69 @@ impl Set {
         self.spread(news);
     }
 
+    /// The response has to be over by then, or by an earlier time that was said before.
+    pub(crate) fn limit_time(self: &Arc<Self>, at: Instant) {
+        let mut inner = self.lock();
+        if inner.end.is_some() || inner.deadline.as_ref().is_some_and(|known| known.at <= at) {
+            return;
+        }
+        if let Some(known) = inner.deadline.take() {
+            self.forget(known.key);
+        }
+        let key = self.note(self.runtime(), Some(at), Who::Response);
+        inner.deadline = Some(Box::new(Deadline { at, key }));
+        drop(inner);
+        if let Some(runtime) = self.runtime() {
+            runtime.wind(at);
+        }
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.lock().deadline.as_ref().map(|deadline| deadline.at)
+    }
+
+    /// Whether the response is to fail; if not, wakes `cx` when it is.
+    pub(crate) fn poll_failed(&self, cx: &Context<'_>) -> Poll<Panic> {
+        let inner = self.lock();
+        if let Some(panic) = &inner.failed {
+            return Poll::Ready(panic.clone());
+        }
+        let is_known = inner.response.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+        if is_known || inner.end.is_some() {
+            return Poll::Pending;
+        }
+        drop(inner);
+        let waker = cx.waker().clone();
+        let mut inner = self.lock();
+        let old = inner.response.replace(waker);
+        let failed = inner.failed.clone();
+        drop(inner);
+        drop(old);
+        failed.map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// A task has panicked.
+    #[cold]
+    pub(crate) fn panicked(self: &Arc<Self>, slot: u32, panic: &Panic) {
+        let mut inner = self.lock();
+        let own = inner.extras.get(&slot).and_then(|extra| extra.on_panic);
+        match own.or(self.policy(&inner).for_panic()).unwrap_or_default() {
+            OnPanic::CancelSiblings if !self.own => {
+                drop(inner);
+                self.cancel(Cause::Sibling);
+            }
+            OnPanic::FailResponse if inner.end.is_none() => {
+                inner.failed.get_or_insert_with(|| panic.clone());
+                let waker = inner.response.take();
+                drop(inner);
+                if let Some(waker) = waker {
+                    waker.wake();
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// The reaper looks for deadlines that were far away, and takes in what comes before
     /// `horizon`. Whether this set has one.
     pub(crate) fn come_near(self: &Arc<Self>, runtime: &Arc<Runtime>, horizon: Instant) -> bool {
@@ -593,6 +667,15 @@ impl Set {
         let order = Order::Cancel(inner.end.map_or(Cause::Requested, Cause::from));
         let mut news = News::default();
         match who {
+            Who::Response => {
+                let Some(deadline) = inner.deadline.as_mut().filter(|own| own.key == Some(key))
+                else {
+                    return;
+                };
+                deadline.key = None;
+                drop(inner);
+                return self.end(End::TimedOut);
+            }
             Who::Set => {
                 let Some(lifetime) = inner.lifetime.as_mut().filter(|own| own.key == Some(key))
                 else {
@@ -864,19 +947,22 @@ impl Set {
     }
 
     /// A poll of the task has panicked.
-    pub(crate) fn tell_panic(&self, slot: u32, panic: Panic) -> Panic {
+    pub(crate) fn tell_panic(self: &Arc<Self>, slot: u32, panic: Panic) -> Panic {
         let (name, site) = self.name_and_site(slot);
         let panic = panic.in_task(name, site);
         self.log((name, site), Some(&panic), "task panicked");
+        self.panicked(slot, &panic);
         panic
     }
 
     /// A destructor of the task has panicked. With what is known here only of a panic that was
     /// recorded.
-    pub(crate) fn tell_drop_panic(&self, slot: u32, panic: Option<Panic>) {
+    pub(crate) fn tell_drop_panic(self: &Arc<Self>, slot: u32, panic: Option<Panic>) {
         let (name, site) = self.name_and_site(slot);
         let panic = panic.map(|panic| panic.in_task(name, site));
         self.log((name, site), panic.as_ref(), "task panicked while it was dropped");
+        let unknown = || Panic::new(Box::new("while it was dropped")).in_task(name, site);
+        self.panicked(slot, &panic.clone().unwrap_or_else(unknown));
         if let Some(panic) = panic {
             self.lock().keep_drop_panic(slot, panic);
         }

@@ -29,13 +29,17 @@ pub enum Cause {
     Panicked,
     /// Its client left, or an outer layer gave up on the response.
     Disconnected,
+    /// Its own timeout passed, and it was asked to come to an end; or its response took longer than
+    /// [it may](crate::TaskSetLayer::deadline).
+    TimedOut,
     /// The process is about to stop, or its runtime did.
     Shutdown,
     /// Somebody cancelled it by its handle, or its whole set.
     Requested,
-    /// Its own timeout passed, and it was asked to come to an end.
-    TimedOut,
-    /// Another task of its group failed.
+    /// Another task of its group failed, or one of its set panicked: see
+    /// [`OnPanic::CancelSiblings`].
+    ///
+    /// [`OnPanic::CancelSiblings`]: crate::OnPanic::CancelSiblings
     Sibling,
 }
 
@@ -45,6 +49,7 @@ impl From<End> for Cause {
             End::Completed => Self::Completed,
             End::Panicked => Self::Panicked,
             End::Disconnected => Self::Disconnected,
+            End::TimedOut => Self::TimedOut,
             // An end that is not known here yet is some failure.
             _ => Self::Failed,
         }
@@ -58,10 +63,10 @@ impl fmt::Display for Cause {
             Self::Failed => "its response failed",
             Self::Panicked => "its handler panicked",
             Self::Disconnected => "its client left",
+            Self::TimedOut => "its time is over",
             Self::Shutdown => "the runtime or the process is stopping",
             Self::Requested => "somebody asked for it",
-            Self::TimedOut => "its time is over",
-            Self::Sibling => "another task of its group failed",
+            Self::Sibling => "another task beside it failed",
         })
     }
 }

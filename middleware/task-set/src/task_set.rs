@@ -1,10 +1,11 @@
 use std::{fmt, panic::Location, sync::Arc, time::Duration};
 
+use tokio::time::Instant;
 use tower_response_end::{End, hold};
 use tower_spawn_limit::{Refused, SpawnError};
 
 use crate::{
-    AtEnd, Group, GroupHandle, Join, StopToken, TaskHandle, TaskRegistry,
+    AtEnd, Group, GroupHandle, Join, OnPanic, StopToken, TaskHandle, TaskRegistry,
     lifetime::Policy,
     place,
     set::{Refusal, Set, Ticket},
@@ -155,6 +156,19 @@ impl TaskSet {
         self.0.add_policy(&policy);
     }
 
+    /// What else becomes of it when one of its tasks panics, if that does not say otherwise.
+    pub fn on_panic(&self, choice: OnPanic) {
+        let mut policy = Policy::default();
+        policy.on_panic(choice);
+        self.0.add_policy(&policy);
+    }
+
+    /// When its response has to be over, if [the layer](crate::TaskSetLayer::deadline) says so: the
+    /// time that a call to somebody else may take.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.0.deadline()
+    }
+
     /// How many of its tasks live.
     pub fn len(&self) -> usize {
         self.0.len()
@@ -257,6 +271,12 @@ impl<'a, O> NewTask<'a, O> {
     /// The exception to [`at_end`](Self::at_end) for one end.
     pub fn on(mut self, end: End, lifetime: AtEnd) -> Self {
         self.choice().policy.on(end, lifetime);
+        self
+    }
+
+    /// What else becomes of it when this task panics.
+    pub fn on_panic(mut self, choice: OnPanic) -> Self {
+        self.choice().policy.on_panic(choice);
         self
     }
 
@@ -516,6 +536,10 @@ impl Plan {
 
     pub(crate) fn timeout(&self) -> Option<Duration> {
         self.choice.as_ref()?.timeout
+    }
+
+    pub(crate) fn on_panic(&self) -> Option<OnPanic> {
+        self.choice.as_ref()?.policy.for_panic()
     }
 
     pub(crate) fn policy(&self) -> Option<&Policy> {

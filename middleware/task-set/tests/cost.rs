@@ -349,7 +349,7 @@ async fn answer(_: Request<()>) -> Result<Response<Frameless>, Infallible> {
 struct Frameless;
 
 impl Body for Frameless {
-    type Data = &'static [u8];
+    type Data = bytes::Bytes;
     type Error = Infallible;
 
     fn poll_frame(

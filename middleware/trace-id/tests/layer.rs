@@ -43,7 +43,7 @@ const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const SPAN: &str = "b7ad6b7169203331";
 const SAMPLED: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
-type EmptyBody = Empty<&'static [u8]>;
+type EmptyBody = Empty<bytes::Bytes>;
 
 fn request(fields: &[(&'static str, &str)]) -> Request<()> {
     let mut request = Request::new(());

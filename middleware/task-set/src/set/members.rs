@@ -15,7 +15,7 @@ use tower_spawn_limit::SpawnError;
 
 use super::Home;
 use crate::{
-    AtEnd, Cause, ForcedTask, Outcome,
+    AtEnd, Cause, ForcedTask, OnPanic, Outcome,
     ledger::{Kind, OTHER},
     lifetime::Policy,
     reaper::{Key, Runtime},
@@ -62,6 +62,17 @@ pub(super) struct Inner {
     // Boxed, as the index is.
     #[expect(clippy::box_collection)]
     pub(super) forced: Option<Box<Vec<ForcedTask>>>,
+    /// Of the response, while it awaits.
+    pub(super) response: Option<Waker>,
+    /// Why the response is to fail.
+    pub(super) failed: Option<Panic>,
+    pub(super) deadline: Option<Box<Deadline>>,
+}
+
+/// When the response has to be over. Kept here too, since nobody may poll the response by then.
+pub(super) struct Deadline {
+    pub(super) at: Instant,
+    pub(super) key: Option<Key>,
 }
 
 /// Who counts what is attempted here.
@@ -101,6 +112,7 @@ pub(super) const NONE: u32 = u32::MAX;
 pub(super) struct Extra {
     /// Its own choices; with these it has a lifetime of its own.
     pub(super) policy: Option<Policy>,
+    pub(super) on_panic: Option<OnPanic>,
     /// That lifetime, once the response is over.
     pub(super) lifetime: Option<Lifetime>,
     /// What it is to do at its next await.
@@ -208,6 +220,9 @@ impl Inner {
             idle: None,
             drop_panics: Vec::new(),
             forced: None,
+            response: None,
+            failed: None,
+            deadline: None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! The set as an extractor, and a refusal as a response.
 
 use axum_core::{extract::FromRequestParts, response::IntoResponse};
+use bytes::Bytes;
 use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty};
 use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
@@ -10,7 +11,7 @@ use tower_task_set::{
 
 use crate::support::*;
 
-type Answer = Result<Response<Empty<&'static [u8]>>, Broken>;
+type Answer = Result<Response<Empty<Bytes>>, Broken>;
 
 async fn extract(request: Request<()>) -> Result<TaskSet, NoTaskSet> {
     TaskSet::from_request_parts(&mut request.into_parts().0, &()).await

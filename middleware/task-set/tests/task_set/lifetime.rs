@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Empty;
 use tokio::{
@@ -81,7 +82,7 @@ async fn end_before_the_head(
         async move {
             tell.send(spawn(&TaskSet::current().unwrap())).unwrap();
             match end {
-                End::Completed => Ok(Response::new(Empty::<&[u8]>::new())),
+                End::Completed => Ok(Response::new(Empty::<Bytes>::new())),
                 End::Failed => Err(Broken),
                 End::Panicked => panic!("the handler panics"),
                 _ => std::future::pending().await,
@@ -860,7 +861,7 @@ async fn the_response_of_an_inner_layer_of_the_same_registry_is_not_the_end() {
     let request = serve_through(|mut handler| {
         let inner = inner.layer(service_fn(|_: Request<()>| async {
             TaskSet::current().unwrap().spawn("inner", forever()).unwrap();
-            Ok::<_, Broken>(Response::new(Empty::<&[u8]>::new()))
+            Ok::<_, Broken>(Response::new(Empty::<Bytes>::new()))
         }));
         outer.layer(service_fn(move |request: Request<()>| {
             let mut inner = inner.clone();
@@ -997,7 +998,7 @@ async fn an_error_of_reading_the_request_ends_a_response_that_watches_for_it() {
             let read = poll_fn(|cx| http_body::Body::poll_frame(body.as_mut(), cx)).await;
             assert!(read.unwrap().is_err());
             // It does not care, and goes on.
-            std::future::pending::<Result<Response<Empty<&[u8]>>, Broken>>().await
+            std::future::pending::<Result<Response<Empty<Bytes>>, Broken>>().await
         }
     }));
     let mut response = Box::pin(service.oneshot(Request::new(BadUpload)));

@@ -7,12 +7,14 @@
 
 mod blocking;
 mod context;
+mod deadline;
 #[cfg(feature = "axum")]
 mod extract;
 mod group;
 mod ledger;
 mod lifetime;
 mod log;
+mod on_panic;
 mod outcome;
 mod registry;
 mod runtime;

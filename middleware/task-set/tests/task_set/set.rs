@@ -11,6 +11,7 @@ use std::{
     thread,
 };
 
+use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Empty;
 use tokio::sync::mpsc;
@@ -407,7 +408,7 @@ async fn the_destructor_of_a_response_future_that_was_given_up_comes_too_late_to
                     log.push(set.map(spawn));
                 });
                 forever().await;
-                Ok::<_, Broken>(Response::new(Empty::<&[u8]>::new()))
+                Ok::<_, Broken>(Response::new(Empty::<Bytes>::new()))
             }
         }));
         let mut response = Box::pin(service.oneshot(Request::new(())));

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use tokio::{
@@ -41,7 +42,7 @@ pub(crate) struct Served<B: Body = ResponseBody<Script>> {
     script: mpsc::Sender<Step>,
 }
 
-type Data = &'static [u8];
+type Data = Bytes;
 type Step = Box<dyn FnOnce() -> Poll<Option<Result<Frame<Data>, Broken>>> + Send>;
 
 pub(crate) fn serve(layer: &TaskSetLayer) -> Served {
@@ -52,7 +53,7 @@ pub(crate) fn serve(layer: &TaskSetLayer) -> Served {
 pub(crate) fn serve_through<S, B>(wrap: impl FnOnce(Handler) -> S) -> Served<B>
 where
     S: Service<Request<()>, Response = Response<B>, Error = Broken>,
-    B: Body<Data = Data, Error = Broken>,
+    B: Body<Data = Data>,
 {
     let (script, steps) = mpsc::channel();
     let mut service = wrap(Handler(Some(Script { steps, on_drop: None })));
@@ -61,7 +62,7 @@ where
     Served { set, body: Box::pin(response.into_body()), script }
 }
 
-impl<B: Body<Data = Data, Error = Broken>> Served<B> {
+impl<B: Body<Data = Data>> Served<B> {
     /// Ends the response like this.
     pub(crate) fn end(mut self, end: End) {
         match end {
@@ -69,7 +70,7 @@ impl<B: Body<Data = Data, Error = Broken>> Served<B> {
             End::Failed => drop(self.poll(|| Poll::Ready(Some(Err(Broken))))),
             End::Panicked => {
                 let poll = || self.poll(|| panic!("the body panics"));
-                catch_unwind(AssertUnwindSafe(poll)).unwrap_err();
+                assert!(catch_unwind(AssertUnwindSafe(poll)).is_err());
             }
             _ => {}
         }
@@ -92,7 +93,7 @@ impl<B: Body<Data = Data, Error = Broken>> Served<B> {
     fn poll(
         &mut self,
         step: impl FnOnce() -> Poll<Option<Result<Frame<Data>, Broken>>> + Send + 'static,
-    ) -> Poll<Option<Result<Frame<Data>, Broken>>> {
+    ) -> Poll<Option<Result<Frame<Data>, B::Error>>> {
         self.script.send(Box::new(step)).unwrap();
         self.body.as_mut().poll_frame(&mut Context::from_waker(Waker::noop()))
     }

@@ -1,0 +1,192 @@
+use std::{
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::Request;
+use tokio::{
+    runtime::{Handle, Id},
+    time::{Instant, Sleep, sleep_until},
+};
+use tower_catch_unwind::catch;
+use tower_request_context::Dialect;
+
+/// How long a response may take, as chosen on a layer.
+#[derive(Clone, Debug)]
+pub(crate) struct Limit {
+    time: Duration,
+    /// The runtime that was seen to have no time driver.
+    timeless: Arc<OnceLock<Id>>,
+}
+
+impl Limit {
+    pub(crate) fn new(time: Duration) -> Self {
+        Self { time, timeless: Arc::default() }
+    }
+
+    /// The deadline of a response to a request that has just come.
+    pub(crate) fn deadline(&self) -> Option<Box<Deadline>> {
+        self.within(None)
+    }
+
+    /// The same, if the client speaks gRPC and may have said how long it will wait.
+    pub(crate) fn of<B>(&self, request: &Request<B>, dialect: Dialect) -> Option<Box<Deadline>> {
+        let client = dialect.is_grpc().then(|| request.headers().get("grpc-timeout")).flatten();
+        self.within(client.and_then(|value| parse(value.as_bytes())))
+    }
+
+    fn within(&self, client: Option<Duration>) -> Option<Box<Deadline>> {
+        let time = client.map_or(self.time, |client| client.min(self.time));
+        // What is too long to count is for ever.
+        let at = Instant::now().checked_add(time)?;
+        let timeless = self.timeless.clone();
+        Some(Box::new(Deadline { at, around: None, timer: Timer::Unset, timeless }))
+    }
+}
+
+/// When a response has to be over.
+#[derive(Debug)]
+pub(crate) struct Deadline {
+    at: Instant,
+    /// That of the response around, while this one's code runs.
+    around: Option<Instant>,
+    timer: Timer,
+    timeless: Arc<OnceLock<Id>>,
+}
+
+#[derive(Debug)]
+enum Timer {
+    /// Made at the first await: a response that is ready at once needs none.
+    Unset,
+    Set(Pin<Box<Sleep>>),
+    /// There is no time driver.
+    Never,
+}
+
+impl Deadline {
+    pub(crate) const fn at(&self) -> Instant {
+        self.at
+    }
+
+    /// What counts inside: the earlier of this one and that around.
+    pub(crate) fn enter(&mut self, around: Option<Instant>) -> Instant {
+        self.around = around;
+        around.map_or(self.at, |around| around.min(self.at))
+    }
+
+    /// What counts outside again.
+    pub(crate) const fn leave(&mut self) -> Option<Instant> {
+        self.around.take()
+    }
+
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Timer::Unset = self.timer {
+            self.timer = self.set();
+        }
+        match &mut self.timer {
+            Timer::Set(sleep) => sleep.as_mut().poll(cx),
+            Timer::Unset | Timer::Never => Poll::Pending,
+        }
+    }
+
+    fn set(&self) -> Timer {
+        let Ok(runtime) = Handle::try_current() else { return Timer::Never };
+        if self.timeless.get() == Some(&runtime.id()) {
+            return Timer::Never;
+        }
+        // A runtime without a time driver panics here, and there is no way to ask it.
+        match catch(|| sleep_until(self.at)) {
+            Ok(sleep) => Timer::Set(Box::pin(sleep)),
+            Err(_) => {
+                if self.timeless.set(runtime.id()).is_ok() {
+                    tracing::warn!(
+                        "the runtime has no time driver (`enable_time`): request deadlines do \
+                         nothing"
+                    );
+                }
+                Timer::Never
+            }
+        }
+    }
+}
+
+/// gRPC over HTTP/2, "Requests": `Timeout` is at most 8 digits and a unit. `None`: it is not.
+fn parse(value: &[u8]) -> Option<Duration> {
+    let (unit, digits) = value.split_last()?;
+    if digits.is_empty() || digits.len() > 8 {
+        return None;
+    }
+    let mut count = 0;
+    for digit in digits {
+        count = 10 * count + u64::from(digit.checked_sub(b'0').filter(|digit| *digit < 10)?);
+    }
+    Some(match unit {
+        b'H' => Duration::from_secs(3_600 * count),
+        b'M' => Duration::from_secs(60 * count),
+        b'S' => Duration::from_secs(count),
+        b'm' => Duration::from_millis(count),
+        b'u' => Duration::from_micros(count),
+        b'n' => Duration::from_nanos(count),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grpc_timeout_is_up_to_eight_digits_and_a_unit() {
+        for (text, time) in [
+            ("1H", Duration::from_secs(3_600)),
+            ("2M", Duration::from_secs(120)),
+            ("3S", Duration::from_secs(3)),
+            ("4m", Duration::from_millis(4)),
+            ("5u", Duration::from_micros(5)),
+            ("6n", Duration::from_nanos(6)),
+            ("0n", Duration::ZERO),
+            ("00000001S", Duration::from_secs(1)),
+            ("99999999H", Duration::from_secs(99_999_999 * 3_600)),
+        ] {
+            assert_eq!(parse(text.as_bytes()), Some(time), "{text}");
+        }
+    }
+
+    #[test]
+    fn anything_else_is_no_grpc_timeout() {
+        for text in [
+            "",
+            "S",
+            "1",
+            "1s",
+            "1h",
+            "123456789S",
+            "-1S",
+            "+1S",
+            "1.5S",
+            " 1S",
+            "1S ",
+            "1 S",
+            "١S",
+        ] {
+            assert_eq!(parse(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_comes_is_read_as_the_specification_says(text in "[0-9]{0,10}[HMSmunx]?") {
+            let by_the_book = (2..=9).contains(&text.len())
+                && text[..text.len() - 1].bytes().all(|byte| byte.is_ascii_digit())
+                && text.ends_with(['H', 'M', 'S', 'm', 'u', 'n']);
+            proptest::prop_assert_eq!(parse(text.as_bytes()).is_some(), by_the_book);
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>) {
+            let _ = parse(&bytes);
+        }
+    }
+}

@@ -1,0 +1,320 @@
+use std::pin::pin;
+
+use bytes::Bytes;
+use http::{Request, Response, Version};
+use http_body_util::{BodyExt, Empty};
+use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task::spawn};
+use tower::{Layer, ServiceExt, service_fn};
+use tower_catch_unwind::Panic;
+use tower_task_set::{
+    AtEnd, BodyError, CallError, Cause, End, NewTask, OnPanic, Stopped, TaskRegistry, TaskSet,
+    TaskSetLayer,
+};
+
+use crate::support::{
+    Broken, COMPLETED, OnDrop, Script, Yield, assert_ledger, forever, gate, outcome, serve, settle,
+};
+
+fn hurt() -> impl Future<Output = ()> + Send {
+    std::future::poll_fn(|_| panic!("it hurts"))
+}
+
+fn hurts<T>() -> Yield<T> {
+    Yield::Panicked("it hurts".to_owned())
+}
+
+fn stuck_forever() -> impl Future<Output = Result<Response<Empty<Bytes>>, Broken>> {
+    std::future::pending()
+}
+
+#[tokio::test]
+async fn a_panic_is_the_tasks_own_unless_something_else_is_chosen() {
+    let tasks = TaskRegistry::new();
+    let mut served = serve(&TaskSetLayer::new(&tasks));
+    let sibling = served.set.spawn("sibling", forever()).unwrap();
+    let task = served.set.spawn("task", hurt()).unwrap();
+    assert_eq!(outcome(task).await, hurts());
+    settle().await;
+    assert!(!sibling.is_finished());
+    served.in_poll(|| ());
+    assert_ledger(&tasks, "live 1, panicked 1");
+}
+
+#[tokio::test]
+async fn a_panic_may_cancel_the_siblings() {
+    let tasks = TaskRegistry::new();
+    let mut served = serve(&TaskSetLayer::new(&tasks).on_panic(OnPanic::CancelSiblings));
+    let sibling = served.set.spawn("sibling", forever()).unwrap();
+    let kept = served.set.task("kept").at_end(AtEnd::Keep).spawn(forever()).unwrap();
+    let other = serve(&TaskSetLayer::new(&tasks)).set.spawn("of another set", forever()).unwrap();
+    let task = served.set.spawn("task", hurt()).unwrap();
+    assert_eq!(outcome(task).await, hurts());
+    assert_eq!(outcome(sibling).await, Yield::Cancelled(Cause::Sibling));
+    assert_eq!(outcome(kept).await, Yield::Cancelled(Cause::Sibling));
+    assert!(served.set.spawn("late", forever()).is_err());
+    assert!(!other.is_finished());
+    // The response goes on.
+    served.in_poll(|| ());
+    served.end(End::Completed);
+}
+
+#[tokio::test]
+async fn a_panic_may_fail_the_response_before_its_head() {
+    for (request, status) in [(Request::new(()), 500), (grpc(), 200)] {
+        let tasks = TaskRegistry::new().at_end(AtEnd::Cancel);
+        let (open, wait) = gate();
+        let wait = std::sync::Mutex::new(Some(wait));
+        let layer = TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse);
+        let service = layer.layer(service_fn(|_: Request<()>| {
+            let (set, wait) = (TaskSet::current().unwrap(), wait.lock().unwrap().take().unwrap());
+            set.spawn("sibling", forever()).unwrap();
+            set.spawn("task", async {
+                wait.await;
+                hurt().await;
+            })
+            .unwrap();
+            stuck_forever()
+        }));
+        let mut response = spawn(service.oneshot(request));
+        assert_pending!(response.poll());
+        settle().await;
+        assert!(!response.is_woken());
+        open.send(()).unwrap();
+        settle().await;
+        assert!(response.is_woken());
+        let response = assert_ready_ok!(response.poll());
+        assert_eq!(response.status(), status);
+        let panic = response.extensions().get::<Panic>().unwrap();
+        assert_eq!((panic.message(), panic.task()), ("it hurts", Some("task")));
+        if status == 200 {
+            assert_eq!(response.headers()["grpc-status"], "13");
+        } else {
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            assert!(!String::from_utf8(body.to_vec()).unwrap().contains("hurts"));
+        }
+        settle().await;
+        assert_ledger(&tasks, "cancelled 1, panicked 1");
+    }
+}
+
+#[tokio::test]
+async fn a_panic_may_fail_the_response_after_its_head() {
+    for (request, is_grpc) in [(Request::new(()), false), (grpc(), true)] {
+        let tasks = TaskRegistry::new();
+        let (open, wait) = gate();
+        let wait = std::sync::Mutex::new(Some(wait));
+        let service = TaskSetLayer::new(&tasks).layer(service_fn(|request: Request<()>| {
+            let (set, wait) = (TaskSet::current().unwrap(), wait.lock().unwrap().take().unwrap());
+            set.on_panic(OnPanic::FailResponse);
+            set.spawn("task", async {
+                wait.await;
+                hurt().await;
+            })
+            .unwrap();
+            let mut response = Response::new(Script::on_drop(|| ()));
+            if let Some(value) = request.headers().get("content-type") {
+                response.headers_mut().insert("content-type", value.clone());
+            }
+            async { Ok::<_, Broken>(response) }
+        }));
+        let response = service.oneshot(request).await.unwrap();
+        let mut body = spawn(response.into_body());
+        assert_pending!(body.enter(|cx, mut body| pin!(body.frame()).poll(cx)));
+        open.send(()).unwrap();
+        settle().await;
+        assert!(body.is_woken());
+        let frame = assert_ready!(body.enter(|cx, mut body| pin!(body.frame()).poll(cx))).unwrap();
+        match frame {
+            Ok(frame) => assert_eq!(frame.trailers_ref().unwrap()["grpc-status"], "13"),
+            Err(BodyError::Stopped(Stopped::Panicked(panic))) => {
+                assert!(!is_grpc);
+                assert_eq!(panic.task(), Some("task"));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_panic_while_the_response_is_not_polled_is_found_by_its_next_poll() {
+    let tasks = TaskRegistry::new();
+    let (open, wait) = gate();
+    let wait = std::sync::Mutex::new(Some(wait));
+    let service = TaskSetLayer::new(&tasks).layer(service_fn(|_: Request<()>| {
+        let wait = wait.lock().unwrap().take().unwrap();
+        TaskSet::current()
+            .unwrap()
+            .task("task")
+            .on_panic(OnPanic::FailResponse)
+            .spawn(hurt())
+            .unwrap();
+        async {
+            wait.await;
+            stuck_forever().await
+        }
+    }));
+    let mut response = spawn(service.oneshot(Request::new(())));
+    // It has not been polled yet: nothing to wake.
+    settle().await;
+    assert_pending!(response.poll());
+    settle().await;
+    drop(open);
+    assert_eq!(assert_ready_ok!(response.poll()).status(), 500);
+}
+
+#[tokio::test]
+async fn a_task_that_is_spawned_while_the_response_awaits_may_fail_it() {
+    let tasks = TaskRegistry::new();
+    let (open, wait) = gate();
+    let wait = std::sync::Mutex::new(Some(wait));
+    let service = TaskSetLayer::new(&tasks).layer(service_fn(|_: Request<()>| {
+        let (set, wait) = (TaskSet::current().unwrap(), wait.lock().unwrap().take().unwrap());
+        let parent = set.clone();
+        set.spawn("parent", async move {
+            wait.await;
+            parent.task("child").on_panic(OnPanic::FailResponse).spawn(hurt()).unwrap();
+        })
+        .unwrap();
+        stuck_forever()
+    }));
+    let mut response = spawn(service.oneshot(Request::new(())));
+    assert_pending!(response.poll());
+    open.send(()).unwrap();
+    settle().await;
+    assert!(response.is_woken());
+    assert_eq!(assert_ready_ok!(response.poll()).status(), 500);
+}
+
+#[tokio::test]
+async fn a_panic_after_the_response_is_only_counted() {
+    let tasks = TaskRegistry::new();
+    let served = serve(&TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse));
+    let (open, wait) = gate();
+    let task = served.set.spawn("task", async {
+        wait.await;
+        hurt().await;
+    });
+    let sibling = served.set.spawn("sibling", async {}).unwrap();
+    served.end(End::Completed);
+    open.send(()).unwrap();
+    assert_eq!(outcome(task.unwrap()).await, hurts());
+    assert_eq!(outcome(sibling).await, COMPLETED);
+    assert_ledger(&tasks, "completed 1, panicked 1");
+}
+
+#[tokio::test]
+async fn what_is_chosen_further_inside_counts() {
+    use OnPanic::{CancelSiblings, Isolate};
+    // For the registry, the layer, the set and the task.
+    for (choices, cancelled) in [
+        ([None, None, None, None], false),
+        ([Some(CancelSiblings), None, None, None], true),
+        ([Some(CancelSiblings), Some(Isolate), None, None], false),
+        ([None, Some(CancelSiblings), None, None], true),
+        ([None, Some(CancelSiblings), Some(Isolate), None], false),
+        ([None, None, Some(CancelSiblings), None], true),
+        ([None, None, Some(CancelSiblings), Some(Isolate)], false),
+        ([None, None, None, Some(CancelSiblings)], true),
+    ] {
+        let mut tasks = TaskRegistry::new();
+        if let Some(choice) = choices[0] {
+            tasks = tasks.on_panic(choice);
+        }
+        let mut layer = TaskSetLayer::new(&tasks);
+        if let Some(choice) = choices[1] {
+            layer = layer.on_panic(choice);
+        }
+        let served = serve(&layer);
+        if let Some(choice) = choices[2] {
+            served.set.on_panic(choice);
+        }
+        let sibling = served.set.spawn("sibling", forever()).unwrap();
+        let mut task = served.set.task("task");
+        if let Some(choice) = choices[3] {
+            task = task.on_panic(choice);
+        }
+        assert_eq!(outcome(task.spawn(hurt()).unwrap()).await, hurts());
+        settle().await;
+        assert_eq!(sibling.is_finished(), cancelled, "{choices:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_choice_for_panics_is_none_for_the_lifetime() {
+    let tasks = TaskRegistry::new();
+    let served = serve(&TaskSetLayer::new(&tasks).at_end(AtEnd::Cancel));
+    let task = served.set.task("task").on_panic(OnPanic::CancelSiblings).spawn(forever()).unwrap();
+    served.end(End::Completed);
+    assert_eq!(outcome(task).await, Yield::Cancelled(Cause::Completed));
+}
+
+#[tokio::test]
+async fn a_panic_in_a_drop_or_in_a_closure_that_blocks_counts_as_well() {
+    for spawn_one in [
+        (|task: NewTask<'_>| {
+            let guard = OnDrop::new(|| panic!("it hurts"));
+            drop(task.spawn(async { drop(guard) }));
+        }) as fn(NewTask<'_>),
+        |task| {
+            let guard = OnDrop::new(|| panic!("it hurts"));
+            let task = task.spawn(async {
+                let _guard = guard;
+                forever().await;
+            });
+            task.unwrap().cancel();
+        },
+        |task| drop(task.spawn_blocking(|_| panic!("it hurts"))),
+    ] {
+        let tasks = TaskRegistry::new();
+        let served = serve(&TaskSetLayer::new(&tasks));
+        let sibling = served.set.spawn("sibling", forever()).unwrap();
+        spawn_one(served.set.task("task").on_panic(OnPanic::CancelSiblings));
+        assert_eq!(outcome(sibling).await, Yield::Cancelled(Cause::Sibling));
+    }
+}
+
+#[tokio::test]
+async fn a_task_that_belongs_to_no_request_has_no_siblings() {
+    let tasks = TaskRegistry::new().on_panic(OnPanic::CancelSiblings);
+    let other = tasks.spawn("other", forever()).unwrap();
+    for choice in [OnPanic::CancelSiblings, OnPanic::FailResponse] {
+        let task = tasks.task("task").on_panic(choice).spawn(hurt()).unwrap();
+        assert_eq!(outcome(task).await, hurts());
+    }
+    settle().await;
+    assert!(!other.is_finished());
+    assert_eq!(outcome(tasks.spawn("later", async {}).unwrap()).await, COMPLETED);
+}
+
+#[tokio::test]
+async fn without_http_a_panic_of_a_task_may_be_the_error() {
+    let tasks = TaskRegistry::new().on_panic(OnPanic::FailResponse);
+    let service = TaskSetLayer::new(&tasks).plain().layer(service_fn(|(): ()| {
+        TaskSet::current().unwrap().spawn("task", hurt()).unwrap();
+        std::future::pending::<Result<(), Broken>>()
+    }));
+    let error = service.oneshot(()).await.unwrap_err();
+    assert!(matches!(error, CallError::Stopped(Stopped::Panicked(_))));
+}
+
+#[tokio::test]
+async fn of_two_panics_the_first_is_told() {
+    let tasks = TaskRegistry::new().on_panic(OnPanic::FailResponse);
+    let service = TaskSetLayer::new(&tasks).layer(service_fn(|_: Request<()>| {
+        let set = TaskSet::current().unwrap();
+        set.spawn("first", hurt()).unwrap();
+        set.spawn("second", hurt()).unwrap();
+        std::future::pending::<Result<Response<Empty<Bytes>>, Broken>>()
+    }));
+    let mut response = spawn(service.oneshot(Request::new(())));
+    assert_pending!(response.poll());
+    settle().await;
+    let response = assert_ready_ok!(response.poll());
+    assert_eq!(response.extensions().get::<Panic>().unwrap().task(), Some("first"));
+    assert_ledger(&tasks, "panicked 2");
+}
+
+fn grpc() -> Request<()> {
+    let request = Request::post("/").version(Version::HTTP_2);
+    request.header("content-type", "application/grpc").body(()).unwrap()
+}
