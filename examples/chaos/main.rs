@@ -24,6 +24,7 @@
 
 mod client;
 mod histogram;
+mod new_task;
 mod plan;
 mod site;
 mod vitals;

@@ -109,10 +109,11 @@ pub(crate) enum Kind {
     Closure,
     ClosurePanics,
     Upgraded,
+    Groups,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::Ready,
         Self::Yields,
         Self::Sleeps,
@@ -126,6 +127,7 @@ impl Kind {
         Self::Closure,
         Self::ClosurePanics,
         Self::Upgraded,
+        Self::Groups,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -143,6 +145,7 @@ impl Kind {
             Self::Closure => "closure",
             Self::ClosurePanics => "closure_panics",
             Self::Upgraded => "upgraded",
+            Self::Groups => "groups",
         }
     }
 }
@@ -248,7 +251,8 @@ impl TaskPlan {
             0..2 => Kind::Panics,
             2..4 => Kind::PanicsInDrop,
             4..6 => Kind::Blocks,
-            6..14 if depth < 3 => Kind::Nests,
+            6..12 if depth < 3 => Kind::Nests,
+            12..14 if depth < 3 => Kind::Groups,
             14..30 => Kind::Waits,
             30..35 => Kind::Graceful,
             35..38 => Kind::IgnoresStop,
@@ -280,7 +284,9 @@ impl TaskPlan {
             _ => HandlePlan::Keep,
         };
         let children = match kind {
-            Kind::Nests => (0..dice.below(4)).map(|_| Self::new(dice, depth + 1)).collect(),
+            Kind::Nests | Kind::Groups => {
+                (0..dice.below(4)).map(|_| Self::new(dice, depth + 1)).collect()
+            }
             _ => Vec::new(),
         };
         let is_measured = kind == Kind::Waits

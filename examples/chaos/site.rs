@@ -47,11 +47,13 @@ use tower_tasks::{
     AtEnd, CatchUnwindLayer, End, Outcome, ResponseEndLayer, SpawnError, SpawnLimit, TaskError,
     TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer, TraceContext, TraceIdLayer,
     request_context::{RequestId, TraceId},
+    task_set::Group,
     trace_id::Trust,
 };
 
 use crate::{
     histogram::Histogram,
+    new_task::New,
     plan::{Answer, HandlePlan, Kind, Plan, TaskPlan},
 };
 
@@ -59,7 +61,7 @@ use crate::{
 pub(crate) const FOR_EVER: Duration = Duration::from_secs(20);
 /// A handler that never answers has so long.
 const TIMEOUT: Duration = Duration::from_millis(250);
-const LIMIT: usize = 400;
+const LIMIT: usize = 150;
 pub(crate) const PIECE: usize = 64;
 
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -282,25 +284,18 @@ impl Site {
         plan: &Arc<Plan>,
         task: &TaskPlan,
         set: Option<&TaskSet>,
+        group: Option<&Group>,
         work: Option<BoxFuture<'static, ()>>,
     ) {
         let fates = &self.fates[task.kind as usize];
         let name = task.kind.name();
         let set = set.filter(|_| !task.of_registry);
-        let mut new = match set {
-            Some(set) => set.task(name),
-            None => self.tasks.task(name),
+        let new = match (group, set) {
+            (Some(group), _) => New::OfGroup(group.task(name)),
+            (None, Some(set)) => New::OfSet(set.task(name)),
+            (None, None) => New::OfRegistry(self.tasks.task(name)),
         };
-        if let Some(at_end) = task.at_end {
-            new = new.at_end(at_end);
-        }
-        if let Some((end, lifetime)) = task.on {
-            new = new.on(end, lifetime);
-        }
-        if let Some(timeout) = task.timeout {
-            new = new.timeout(timeout);
-        }
-        let new = new.grace(Duration::from_millis(5));
+        let new = new.choose(task);
         let mut witness = Witness {
             site: self.clone(),
             plan: plan.clone(),
@@ -321,21 +316,19 @@ impl Site {
                     assert!(!panics, "chaos: a closure");
                     witness.state = State::Finished;
                 };
-                new.spawn_blocking(closure).map_err(|refused| refused.reason)
+                new.spawn_blocking(closure)
             }
-            Kind::Graceful => new
-                .spawn_graceful(move |stop| {
-                    witness.watch(async move {
-                        stop.cancelled().await;
-                    })
+            Kind::Graceful => new.spawn_graceful(move |stop| {
+                witness.watch(async move {
+                    stop.cancelled().await;
                 })
-                .map_err(|refused| refused.reason),
-            Kind::IgnoresStop => new
-                .spawn_graceful(move |_stop| witness.watch(std::future::pending()))
-                .map_err(|refused| refused.reason),
+            }),
+            Kind::IgnoresStop => {
+                new.spawn_graceful(move |_stop| witness.watch(std::future::pending()))
+            }
             _ => {
                 let work = work.unwrap_or_else(|| act(self.clone(), plan.clone(), task.clone()));
-                new.spawn(witness.watch(work)).map_err(|refused| refused.reason)
+                new.spawn(witness.watch(work))
             }
         };
         match result {
@@ -355,7 +348,7 @@ impl Site {
                 fates.refused.fetch_add(1, Relaxed);
                 let is_meant = match reason {
                     SpawnError::Full => true,
-                    SpawnError::Closed => set.is_some() || self.is_stopping(),
+                    SpawnError::Closed => set.is_some() || group.is_some() || self.is_stopping(),
                     _ => false,
                 };
                 if !is_meant {
@@ -624,8 +617,23 @@ fn act(site: Arc<Site>, plan: Arc<Plan>, task: TaskPlan) -> BoxFuture<'static, (
             Kind::Nests => {
                 let set = TaskSet::current().ok();
                 for child in &task.children {
-                    site.spawn(&plan, child, set.as_ref(), None);
+                    site.spawn(&plan, child, set.as_ref(), None, None);
                     yield_now().await;
+                }
+            }
+            // The owner of a group waits for it, or drops it.
+            Kind::Groups => {
+                let group = match TaskSet::current() {
+                    Ok(set) => set.group(),
+                    Err(_) => site.tasks.group(),
+                }
+                .limit(2);
+                for child in &task.children {
+                    site.spawn(&plan, child, None, Some(&group), None);
+                }
+                yield_now().await;
+                if plan.id % 2 == 0 {
+                    group.wait().await;
                 }
             }
             _ => {}
@@ -664,7 +672,7 @@ async fn serve(site: Arc<Site>, mut request: Request) -> axum::response::Respons
                 }
                 drop(hold);
             };
-            site.spawn(&plan, &TaskPlan::upgraded(), set.as_ref(), Some(Box::pin(work)));
+            site.spawn(&plan, &TaskPlan::upgraded(), set.as_ref(), None, Some(Box::pin(work)));
             let switched = [(header::CONNECTION, "upgrade"), (header::UPGRADE, "chaos")];
             (StatusCode::SWITCHING_PROTOCOLS, switched).into_response()
         }
@@ -686,7 +694,7 @@ impl Site {
             self.run.differs("a handler has no task set");
         }
         for task in &plan.tasks {
-            self.spawn(plan, task, set.as_ref(), None);
+            self.spawn(plan, task, set.as_ref(), None, None);
         }
         (set, attempt)
     }
