@@ -1,25 +1,25 @@
 //! A task that is yet to be spawned, of whatever owner.
 
 use tower_tasks::{
-    Refused, SpawnError, TaskHandle, TaskRegistry,
+    SpawnError, TaskHandle, TaskRegistry,
     task_set::{GroupHandle, NewTask, StopToken},
 };
 
 use crate::plan::TaskPlan;
 
 pub(crate) enum New<'a> {
-    OfSet(NewTask<'a>),
-    OfRegistry(NewTask<'a, TaskRegistry>),
-    OfGroup(NewTask<'a, GroupHandle>),
+    Set(NewTask<'a>),
+    Registry(NewTask<'a, TaskRegistry>),
+    Group(NewTask<'a, GroupHandle>),
 }
 
 impl New<'_> {
     /// What the plan says of how it lives.
     pub(crate) fn choose(self, plan: &TaskPlan) -> Self {
         match self {
-            Self::OfSet(new) => Self::OfSet(choose(new, plan)),
-            Self::OfRegistry(new) => Self::OfRegistry(choose(new, plan)),
-            Self::OfGroup(new) => Self::OfGroup(choose(new, plan)),
+            Self::Set(new) => Self::Set(choose(new, plan)),
+            Self::Registry(new) => Self::Registry(choose(new, plan)),
+            Self::Group(new) => Self::Group(choose(new, plan)),
         }
     }
 
@@ -28,9 +28,9 @@ impl New<'_> {
         F: Future<Output = ()> + Send + 'static,
     {
         match self {
-            Self::OfSet(new) => new.spawn(future).map_err(reason),
-            Self::OfRegistry(new) => new.spawn(future).map_err(reason),
-            Self::OfGroup(new) => new.spawn(future).map_err(reason),
+            Self::Set(new) => new.spawn(future).map_err(SpawnError::from),
+            Self::Registry(new) => new.spawn(future).map_err(SpawnError::from),
+            Self::Group(new) => new.spawn(future).map_err(SpawnError::from),
         }
     }
 
@@ -40,9 +40,9 @@ impl New<'_> {
         F: Future<Output = ()> + Send + 'static,
     {
         match self {
-            Self::OfSet(new) => new.spawn_graceful(make).map_err(reason),
-            Self::OfRegistry(new) => new.spawn_graceful(make).map_err(reason),
-            Self::OfGroup(new) => new.spawn_graceful(make).map_err(reason),
+            Self::Set(new) => new.spawn_graceful(make).map_err(SpawnError::from),
+            Self::Registry(new) => new.spawn_graceful(make).map_err(SpawnError::from),
+            Self::Group(new) => new.spawn_graceful(make).map_err(SpawnError::from),
         }
     }
 
@@ -51,9 +51,9 @@ impl New<'_> {
         F: FnOnce(StopToken) + Send + 'static,
     {
         match self {
-            Self::OfSet(new) => new.spawn_blocking(closure).map_err(reason),
-            Self::OfRegistry(new) => new.spawn_blocking(closure).map_err(reason),
-            Self::OfGroup(new) => new.spawn_blocking(closure).map_err(reason),
+            Self::Set(new) => new.spawn_blocking(closure).map_err(SpawnError::from),
+            Self::Registry(new) => new.spawn_blocking(closure).map_err(SpawnError::from),
+            Self::Group(new) => new.spawn_blocking(closure).map_err(SpawnError::from),
         }
     }
 }
@@ -69,8 +69,4 @@ fn choose<'a, O>(mut new: NewTask<'a, O>, plan: &TaskPlan) -> NewTask<'a, O> {
         new = new.timeout(timeout);
     }
     new.grace(std::time::Duration::from_millis(5))
-}
-
-fn reason<F>(refused: Refused<F>) -> SpawnError {
-    refused.reason
 }

@@ -291,9 +291,9 @@ impl Site {
         let name = task.kind.name();
         let set = set.filter(|_| !task.of_registry);
         let new = match (group, set) {
-            (Some(group), _) => New::OfGroup(group.task(name)),
-            (None, Some(set)) => New::OfSet(set.task(name)),
-            (None, None) => New::OfRegistry(self.tasks.task(name)),
+            (Some(group), _) => New::Group(group.task(name)),
+            (None, Some(set)) => New::Set(set.task(name)),
+            (None, None) => New::Registry(self.tasks.task(name)),
         };
         let new = new.choose(task);
         let mut witness = Witness {
@@ -632,7 +632,7 @@ fn act(site: Arc<Site>, plan: Arc<Plan>, task: TaskPlan) -> BoxFuture<'static, (
                     site.spawn(&plan, child, None, Some(&group), None);
                 }
                 yield_now().await;
-                if plan.id % 2 == 0 {
+                if plan.id.is_multiple_of(2) {
                     group.wait().await;
                 }
             }

@@ -36,16 +36,16 @@ use tower_http::{
     trace::TraceLayer,
 };
 use tower_tasks::{
-    AtEnd, CatchUnwindLayer, End, RequestContext, RequestContextLayer, ResponseEndLayer,
-    SpawnLimit, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer, TraceContext,
-    TraceIdLayer, assert_drained,
+    AtEnd, CatchUnwindLayer, End, RequestContext, RequestContextLayer, RequestLimitLayer,
+    ResponseEndLayer, SpawnLimit, SpawnLimitLayer, TaskError, TaskHandle, TaskRegistry, TaskSet,
+    TaskSetLayer, TraceContext, TraceIdLayer, assert_drained,
 };
 
 type Reply = Response<UnsyncBoxBody<Bytes, BoxError>>;
 type Stack = BoxCloneService<Request<String>, Reply, BoxError>;
 type Named = (&'static str, fn(&Site, Stack) -> Stack);
 
-/// In the order of the docs, outermost first.
+/// In the order of the docs, outermost first: those that every stack has.
 const OURS: [Named; 5] = [
     ("trace-id", |_, inner| wrap(&TraceIdLayer::new().in_extensions(), inner)),
     ("catch-unwind", |_, inner| wrap(&CatchUnwindLayer::new().max_events_per_second(0), inner)),
@@ -54,6 +54,15 @@ const OURS: [Named; 5] = [
     }),
     ("response-end", |site, inner| wrap(&site.response_end(), inner)),
     ("task-set", |site, inner| wrap(&site.task_set(), inner)),
+];
+
+/// And those that some have.
+const SOME: [Named; 3] = [
+    ("spawn-limit", |_, inner| wrap(&SpawnLimitLayer::new(SpawnLimit::new(6)), inner)),
+    ("spawn-limit of requests", |_, inner| wrap(&RequestLimitLayer::new(4), inner)),
+    ("spawn-limit of requests that wait", |_, inner| {
+        wrap(&RequestLimitLayer::new(2).wait(TIMEOUT).queue(3), inner)
+    }),
 ];
 
 const OTHERS: [Named; 9] = [
@@ -110,10 +119,22 @@ async fn our_layers_work_in_every_order() {
 #[tokio::test(start_paused = true)]
 async fn our_layers_work_in_every_pair_of_orders() {
     let [.., task_set] = OURS;
-    for outer in OURS {
-        for inner in OURS {
+    let all = [&OURS[..], &SOME].concat();
+    for &outer in &all {
+        for &inner in &all {
             Site::default().prove(&[outer, inner]).await;
             Site::default().prove(&[outer, inner, task_set]).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_works_in_every_place() {
+    for limit in SOME {
+        for place in 0..=OURS.len() {
+            let mut order = OURS.to_vec();
+            order.insert(place, limit);
+            Site::default().prove(&order).await;
         }
     }
 }
@@ -127,7 +148,7 @@ async fn a_layer_of_others_works_in_every_place() {
             Site::default().prove(&order).await;
         }
         // Next to each of ours alone.
-        for ours in OURS {
+        for ours in [&OURS[..], &SOME].concat() {
             Site::default().prove(&[other, ours]).await;
             Site::default().prove(&[ours, other]).await;
         }

@@ -77,6 +77,13 @@ fn rows() -> Vec<Row> {
             "request-limit with a wait",
             RequestLimitLayer::new(1).wait(Duration::from_secs(1)).queue(1),
         ),
+        row("spawn-limit", SpawnLimitLayer::new(SpawnLimit::new(1))),
+        row("spawn-limit without tasks", SpawnLimitLayer::new(SpawnLimit::new(0).per_request(0))),
+        row("spawn-limit of requests", RequestLimitLayer::new(1)),
+        row(
+            "spawn-limit of requests that wait",
+            RequestLimitLayer::new(1).wait(Duration::from_secs(1)).queue(1),
+        ),
         row("task-set", TaskSetLayer::new(&tasks)),
         row(
             "task-set without tasks",
@@ -92,7 +99,9 @@ fn rows() -> Vec<Row> {
                 TraceIdLayer::new(),
                 CatchUnwindLayer::new(),
                 RequestContextLayer::new(|_: &Sent| "value"),
+                RequestLimitLayer::new(1),
                 ResponseEndLayer::new(on_end),
+                SpawnLimitLayer::new(SpawnLimit::new(0)),
                 TaskSetLayer::new(&tasks),
             ),
         ),
@@ -109,6 +118,8 @@ fn plain_rows() -> Vec<PlainRow> {
         plain_row("trace-id", TraceIdLayer::new().plain()),
         plain_row("spawn-limit", SpawnLimitLayer::new(SpawnLimit::new(0)).plain()),
         plain_row("request-limit", RequestLimitLayer::new(1).plain()),
+        plain_row("spawn-limit", SpawnLimitLayer::new(SpawnLimit::new(0)).plain()),
+        plain_row("spawn-limit of requests", RequestLimitLayer::new(1).plain()),
         plain_row("task-set", TaskSetLayer::new(&tasks).plain()),
     ]
 }

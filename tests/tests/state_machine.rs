@@ -27,9 +27,8 @@ use tokio::{
 };
 use tower::{Layer, Service, service_fn};
 use tower_tasks::{
-    AtEnd, End, Refused, SpawnError, SpawnLimit, TaskError, TaskHandle, TaskRegistry, TaskSet,
-    TaskSetLayer,
-    task_set::{Cause, Hold, NewTask, TaskState},
+    AtEnd, End, SpawnError, SpawnLimit, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
+    task_set::{Cause, Hold, NewTask, ResponseBody, StopToken, TaskState},
 };
 
 const LIMIT: usize = 7;
@@ -225,6 +224,7 @@ impl Both {
         Self { tasks, limit, sets: Vec::new(), real: Vec::new(), model }
     }
 
+    #[expect(clippy::too_many_lines, reason = "one arm for each step")]
     async fn step(&mut self, step: &Step) {
         let (sets, tasks) = (self.sets.len(), self.real.len());
         let request = |n: usize| n.checked_rem(sets);
@@ -247,12 +247,12 @@ impl Both {
             }
             Step::Spawn(n, choice) => {
                 let Some(n) = request(*n) else { return };
-                let spawned = spawn(self.sets[n].set.task(choice.kind.name()), choice);
+                let spawned = spawn(New::OfSet(self.sets[n].set.task(choice.kind.name())), choice);
                 let expected = self.model.spawn(Some(n), None, choice);
                 self.spawned(spawned, expected);
             }
             Step::SpawnOfRegistry(choice) => {
-                let spawned = spawn(self.tasks.task(choice.kind.name()), choice);
+                let spawned = spawn(New::OfRegistry(self.tasks.task(choice.kind.name())), choice);
                 let expected = self.model.spawn(None, None, choice);
                 self.spawned(spawned, expected);
             }
@@ -333,10 +333,8 @@ impl Both {
                 if self.sets[n].holds.pop().is_some() && was_open {
                     let request = &mut self.model.requests[n];
                     request.holds -= 1;
-                    if request.holds == 0 {
-                        if let Some(end) = request.held.take() {
-                            self.model.end(n, end);
-                        }
+                    if let Some(end) = request.held.take_if(|_| request.holds == 0) {
+                        self.model.end(n, end);
                     }
                 }
             }
@@ -457,7 +455,7 @@ async fn settle() {
 /// A request whose handler has answered, and whose body is still to be sent.
 struct Served {
     set: TaskSet,
-    body: Option<Pin<Box<dyn Body<Data = &'static [u8], Error = ()> + Send>>>,
+    body: Option<Pin<Box<ResponseBody<Ends>>>>,
     end: UnboundedSender<End>,
     holds: Vec<Hold>,
 }
@@ -510,7 +508,42 @@ impl Body for Ends {
     }
 }
 
-fn spawn(mut new: NewTask<'_>, choice: &Choice) -> Spawned {
+/// Of a request or of none.
+enum New<'a> {
+    OfSet(NewTask<'a>),
+    OfRegistry(NewTask<'a, TaskRegistry>),
+}
+
+impl New<'_> {
+    fn spawn(
+        self,
+        choice: &Choice,
+        future: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<TaskHandle<()>, SpawnError> {
+        match self {
+            Self::OfSet(new) => choose(new, choice).spawn(future).map_err(SpawnError::from),
+            Self::OfRegistry(new) => choose(new, choice).spawn(future).map_err(SpawnError::from),
+        }
+    }
+
+    fn spawn_graceful<F>(
+        self,
+        choice: &Choice,
+        make: impl FnOnce(StopToken) -> F + Send + 'static,
+    ) -> Result<TaskHandle<()>, SpawnError>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        match self {
+            Self::OfSet(new) => choose(new, choice).spawn_graceful(make).map_err(SpawnError::from),
+            Self::OfRegistry(new) => {
+                choose(new, choice).spawn_graceful(make).map_err(SpawnError::from)
+            }
+        }
+    }
+}
+
+fn choose<'a, O>(mut new: NewTask<'a, O>, choice: &Choice) -> NewTask<'a, O> {
     if let Some(life) = choice.at_end {
         new = new.at_end(life.into());
     }
@@ -520,33 +553,30 @@ fn spawn(mut new: NewTask<'_>, choice: &Choice) -> Spawned {
     if let Some(timeout) = choice.timeout {
         new = new.timeout(Duration::from_millis(timeout));
     }
-    let (orders, received) = unbounded_channel();
-    let handle = match choice.kind {
-        Kind::Ordinary => new.spawn(obey(received)).map_err(reason),
-        Kind::Bomb => new
-            .spawn(async move {
-                let _bomb = Bomb;
-                obey(received).await;
-            })
-            .map_err(reason),
-        Kind::Graceful => new
-            .spawn_graceful(async move |stop| {
-                tokio::select! {
-                    () = obey(received) => {}
-                    _ = stop.cancelled() => {}
-                }
-            })
-            .map_err(reason),
-        Kind::Deaf(grace) => new
-            .grace(Duration::from_millis(grace))
-            .spawn_graceful(async move |_stop| obey(received).await)
-            .map_err(reason),
-    };
-    handle.map(|handle| (handle, orders))
+    if let Kind::Deaf(grace) = choice.kind {
+        new = new.grace(Duration::from_millis(grace));
+    }
+    new
 }
 
-fn reason<F>(refused: Refused<F>) -> SpawnError {
-    refused.reason
+fn spawn(new: New<'_>, choice: &Choice) -> Spawned {
+    let (orders, received) = unbounded_channel();
+    let handle = match choice.kind {
+        Kind::Ordinary => new.spawn(choice, obey(received)),
+        Kind::Bomb => new.spawn(choice, async move {
+            let _bomb = Bomb;
+            obey(received).await;
+        }),
+        Kind::Graceful => new.spawn_graceful(choice, async move |stop| {
+            tokio::select! {
+                biased;
+                () = obey(received) => {}
+                _ = stop.cancelled() => {}
+            }
+        }),
+        Kind::Deaf(_) => new.spawn_graceful(choice, async move |_stop| obey(received).await),
+    };
+    handle.map(|handle| (handle, orders))
 }
 
 async fn obey(mut orders: UnboundedReceiver<Order>) {
@@ -556,7 +586,7 @@ async fn obey(mut orders: UnboundedReceiver<Order>) {
             Some(Order::Panic) => panic!("model: a task"),
             Some(Order::Nest(choice, tell)) => {
                 let set = TaskSet::current().unwrap();
-                drop(tell.send(spawn(set.task(choice.kind.name()), &choice)));
+                drop(tell.send(spawn(New::OfSet(set.task(choice.kind.name())), &choice)));
             }
             // Who sends is gone at the very end alone.
             None => std::future::pending().await,
@@ -695,9 +725,8 @@ impl Model {
                 let parent = parent.ok_or(SpawnError::Closed)?;
                 // At most the parent's, and less if less is chosen.
                 lifetime = match (choice.of(end), parent.lifetime) {
-                    (None, parent) => parent,
+                    (None | Some(Life::Keep), parent) => parent,
                     (Some(Life::Cancel), _) => return Err(SpawnError::Closed),
-                    (Some(Life::Keep), parent) => parent,
                     (Some(life), parent) => {
                         let own = self.now + if let Life::Drain(time) = life { time } else { 0 };
                         match parent {
@@ -818,11 +847,9 @@ impl Model {
             task.outcome = match (task.choice.kind, task.told, task.sent) {
                 // What it was told comes first.
                 (Kind::Ordinary | Kind::Bomb, Some(_), _) => Some(dropped),
-                (Kind::Ordinary | Kind::Bomb, None, sent) => sent,
                 (_, Some(_), _) if task.grace_is_over => Some(Outcome::Aborted),
                 (Kind::Graceful, Some(_), None) => Some(Outcome::Completed),
-                (Kind::Graceful, _, sent) => sent,
-                (Kind::Deaf(_), _, sent) => sent,
+                (_, _, sent) => sent,
             };
             if bursts && task.outcome.is_some()
                 || matches!(
