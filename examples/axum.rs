@@ -7,18 +7,24 @@
 //! curl -N 'localhost:3000/stream?n=5&every_ms=500'   # leave it with ^C: its task is cancelled
 //! curl 'localhost:3000/slow?ms=2000'                 # something in flight
 //! curl 'localhost:3000/panic?where=task'             # or handler, or body
+//! curl -N localhost:3000/events                      # has no end but that of the server
+//! curl -o all localhost:3000/download?mb=100         # read it as slowly as you like
+//! websocat ws://localhost:3000/echo                  # a socket, which ends with the server too
 //! curl localhost:3000/ready
 //! curl localhost:3000/tasks                          # the ledger
 //! ```
 //!
-//! All of it works with `curl --http2-prior-knowledge` too. SIGTERM or ^C stops it: requests and
-//! tasks have `GRACE` seconds in all. It exits with 0 if they needed no more, else with 1; with 2
-//! if a variable makes no sense.
+//! All of it works with `curl --http2-prior-knowledge` too. SIGTERM or ^C stops it: `/ready` is 503
+//! from then on; it serves on for `SETTLE` seconds, none by default, so that a load balancer can see
+//! that; requests and tasks have `GRACE` seconds in all. It prints the report and the ledger, and
+//! exits with 0 if nothing had to be forced, else with 1; with 2 if a variable makes no sense. Add
+//! `?stay=true` to `/events` or `/echo` for one that does not look at the shutdown.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "it is a program")]
 
 use std::{
     env,
+    error::Error,
     fmt::Display,
     future,
     io::{self, IsTerminal},
@@ -26,32 +32,35 @@ use std::{
     ops::RangeInclusive,
     process::ExitCode,
     str::FromStr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     time::Duration,
 };
 
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Query, Request, State},
+    extract::{
+        Query, Request, State,
+        ws::{Message, WebSocketUpgrade},
+    },
     http::StatusCode,
-    response,
+    response::{
+        self, IntoResponse, Response, Sse,
+        sse::{Event, KeepAlive},
+    },
     routing::{get, post},
 };
 use futures_util::{FutureExt, StreamExt, stream};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, oneshot},
-    time::{sleep, timeout},
+    sync::mpsc,
+    time::{interval, sleep},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tower_tasks::{
-    AtEnd, CatchUnwindLayer, End, RequestContext, ResponseEndLayer, SpawnError, SpawnLimit,
-    TaskRegistry, TaskSet, TaskSetLayer, TraceIdLayer,
+    AtEnd, CatchUnwindLayer, End, Report, RequestContext, ResponseEndLayer, Shutdown,
+    ShutdownWatch, SpawnError, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer, TraceIdLayer,
     catch_unwind::install_hook,
     request_context::{RequestId, TraceId},
     task_set::Snapshot,
@@ -60,13 +69,14 @@ use tower_tasks::{
 #[derive(Clone)]
 struct App {
     tasks: TaskRegistry,
-    stopping: Arc<AtomicBool>,
+    shutdown: ShutdownWatch,
 }
 
-fn router(app: App) -> Router {
+fn router(app: App, shutdown: &Shutdown) -> Router {
     let layers = (
         TraceIdLayer::new(),
         CatchUnwindLayer::new(),
+        shutdown.layer(),
         ResponseEndLayer::new(|request: &Request| {
             let (method, path) = (request.method().clone(), request.uri().path().to_owned());
             move |end: End| tracing::info!(%method, path, ?end, "response")
@@ -77,6 +87,9 @@ fn router(app: App) -> Router {
         .route("/orders", post(create_order))
         .route("/stream", get(stream_ticks))
         .route("/slow", get(answer_slowly))
+        .route("/events", get(send_events))
+        .route("/download", get(download))
+        .route("/echo", get(echo))
         .route("/panic", get(panic_somewhere))
         .route("/ready", get(ready))
         .route("/tasks", get(show_tasks))
@@ -136,10 +149,74 @@ struct Slow {
     ms: Option<u64>,
 }
 
-async fn answer_slowly(Query(Slow { ms }): Query<Slow>) -> response::Result<String> {
+/// A shutdown waits for the answer, and for the task that it leaves behind.
+async fn answer_slowly(
+    tasks: TaskSet,
+    Query(Slow { ms }): Query<Slow>,
+) -> response::Result<String> {
     let ms = in_range("ms", ms.unwrap_or(1_000), 0..=60_000)?;
+    tasks.spawn("log_slow_answer", sleep(Duration::from_millis(ms + 50)))?;
     sleep(Duration::from_millis(ms)).await;
     Ok(format!("after {ms} ms\n"))
+}
+
+#[derive(Deserialize)]
+struct Stay {
+    #[serde(default)]
+    stay: bool,
+}
+
+/// One event a second, until the server stops accepting.
+async fn send_events(
+    State(App { shutdown, .. }): State<App>,
+    Query(Stay { stay }): Query<Stay>,
+) -> Response {
+    let ticks = stream::unfold(interval(Duration::from_secs(1)), async |mut ticks| {
+        ticks.tick().await;
+        Some((Ok::<_, SpawnError>(Event::default().data("tick")), ticks))
+    });
+    if stay {
+        return Sse::new(ticks).keep_alive(KeepAlive::default()).into_response();
+    }
+    let events = ticks.take_until(shutdown.draining());
+    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+}
+
+#[derive(Deserialize)]
+struct Size {
+    mb: Option<u64>,
+}
+
+async fn download(Query(Size { mb }): Query<Size>) -> response::Result<Body> {
+    const CHUNK: &[u8] = &[b'x'; 1 << 16];
+    let mb = in_range("mb", mb.unwrap_or(1), 0..=10_000)?;
+    let chunks = stream::iter((0..mb * 16).map(|_| Ok::<_, SpawnError>(CHUNK)));
+    Ok(Body::from_stream(chunks))
+}
+
+/// The hold keeps the request in flight: axum waits for no socket.
+async fn echo(
+    socket: WebSocketUpgrade,
+    tasks: TaskSet,
+    State(App { shutdown, .. }): State<App>,
+    Query(Stay { stay }): Query<Stay>,
+) -> Response {
+    let held = tasks.hold();
+    socket.on_upgrade(move |mut socket| async move {
+        let _held = held;
+        loop {
+            let message = tokio::select! {
+                message = socket.recv() => message,
+                () = shutdown.draining(), if !stay => break,
+            };
+            let Some(Ok(message)) = message else { return };
+            let is_data = matches!(message, Message::Text(_) | Message::Binary(_));
+            if is_data && socket.send(message).await.is_err() {
+                return;
+            }
+        }
+        let _ = socket.send(Message::Close(None)).await;
+    })
 }
 
 fn in_range(
@@ -189,13 +266,13 @@ async fn panic_somewhere(
     }
 }
 
-/// axum closes its listener and its idle connections at the moment in which this turns to 503: to
-/// let a load balancer see it takes a delay between the two.
+/// This turns to 503 first, and axum closes its listener and its idle connections after the settle
+/// delay.
 async fn ready(State(app): State<App>) -> (StatusCode, &'static str) {
-    if app.stopping.load(Ordering::Relaxed) {
-        (StatusCode::SERVICE_UNAVAILABLE, "stopping")
-    } else {
+    if app.shutdown.is_ready() {
         (StatusCode::OK, "ready")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "stopping")
     }
 }
 
@@ -206,6 +283,7 @@ async fn show_tasks(State(app): State<App>) -> Json<Snapshot> {
 struct Settings {
     port: u16,
     grace: Duration,
+    settle: Duration,
     task_limit: usize,
 }
 
@@ -214,6 +292,7 @@ impl Settings {
         Ok(Self {
             port: variable("PORT", 3_000, 0..=u16::MAX)?,
             grace: Duration::from_secs(variable("GRACE", 25, 0..=3_600)?),
+            settle: Duration::from_secs(variable("SETTLE", 0, 0..=3_600)?),
             task_limit: variable("TASK_LIMIT", 10_000, 0..=usize::MAX)?,
         })
     }
@@ -236,61 +315,19 @@ where
     }
 }
 
-/// Serves until it is told to stop. Whether all requests and tasks could finish within the grace.
-async fn serve(settings: Settings) -> io::Result<bool> {
+/// Serves until it is told to stop, and drains.
+async fn serve(settings: Settings) -> Result<(Report, TaskRegistry), Box<dyn Error>> {
     let limit = SpawnLimit::new(settings.task_limit).per_request(64);
     let tasks = TaskRegistry::new().limit(limit);
-    let app = App { tasks: tasks.clone(), stopping: Arc::default() };
-    let stopping = app.stopping.clone();
-    let stop_signal = stop_signal()?;
+    let shutdown = Shutdown::new(settings.grace).settle(settings.settle).tasks(&tasks);
+    shutdown.check()?;
+    let app = App { tasks: tasks.clone(), shutdown: shutdown.watch() };
 
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, settings.port)).await?;
     println!("listening on http://{}", listener.local_addr()?);
-    let (stop, stopped) = oneshot::channel::<()>();
-    let server = axum::serve(listener, router(app))
-        .with_graceful_shutdown(async { stopped.await.unwrap_or_default() });
-    let server = tokio::spawn(server.into_future());
-
-    stop_signal.await;
-    tracing::info!(grace = ?settings.grace, live = tasks.len(), "stopping");
-    stopping.store(true, Ordering::Relaxed);
-    let _ = stop.send(());
-    // The last of the grace is for tasks that have to be cancelled, and their destructors. Each
-    // part has a moment, even of no grace at all.
-    let moment = Duration::from_millis(50);
-    let last = (settings.grace / 5).clamp(moment, Duration::from_secs(1));
-    let drain = async {
-        let _ = server.await;
-        tasks.close();
-        tasks.wait().await;
-    };
-    let drained = timeout(settings.grace.saturating_sub(last).max(moment), drain).await.is_ok();
-    if !drained {
-        tasks.close();
-        tasks.cancel_all();
-        let _ = timeout(last, tasks.wait()).await;
-    }
-    println!("{}", serde_json::to_string_pretty(&tasks.snapshot())?);
-    Ok(drained)
-}
-
-/// From now on signals are noted; the future is ready when one has come.
-#[cfg(unix)]
-fn stop_signal() -> io::Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
-}
-
-#[cfg(not(unix))]
-fn stop_signal() -> io::Result<impl Future<Output = ()>> {
-    Ok(tokio::signal::ctrl_c().map(drop))
+    let server =
+        axum::serve(listener, router(app, &shutdown)).with_graceful_shutdown(shutdown.signalled());
+    Ok((shutdown.run(server).await?, tasks))
 }
 
 #[tokio::main]
@@ -306,10 +343,9 @@ async fn main() -> ExitCode {
     let log = tracing_subscriber::fmt().with_ansi(io::stderr().is_terminal());
     log.with_writer(io::stderr).init();
     match serve(settings).await {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => {
-            eprintln!("axum: not all was done when the grace was over");
-            ExitCode::FAILURE
+        Ok((report, tasks)) => {
+            println!("{}", json!({ "report": report, "ledger": tasks.snapshot() }));
+            report.exit()
         }
         Err(error) => {
             eprintln!("axum: {error}");

@@ -1,4 +1,4 @@
-//! Five things that happen to tasks, on a real server with a real client.
+//! Five things that happen to tasks, and a shutdown, on a real server with a real client.
 //!
 //! `cargo run --example quickstart` prints what happens when it happens, and the ledger at the end.
 //! It checks all that it shows, and exits with 0 only if everything came out as it should.
@@ -28,10 +28,10 @@ use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
     rt::TokioExecutor,
 };
-use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
+use tokio::sync::{Semaphore, broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tower_tasks::{
-    AtEnd, SpawnError, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer,
+    AtEnd, Shutdown, SpawnError, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer,
     task_set::{Counts, Outcome, TaskEvent, TaskState, assert_drained},
 };
 
@@ -115,6 +115,8 @@ async fn run() -> Result {
     let tasks = TaskRegistry::new().limit(limit.clone()).observer(observer);
 
     let app = App { backend: Arc::new(Semaphore::new(0)), market: broadcast::channel(8).0 };
+    let budget = Duration::from_secs(1);
+    let shutdown = Shutdown::new(budget).grace(budget).without_signals().tasks(&tasks);
     let router = Router::new()
         .route("/orders", post(create_order))
         .route("/prices", get(stream_prices))
@@ -122,16 +124,15 @@ async fn run() -> Result {
         .route("/rows", post(import_rows))
         .route("/index", post(rebuild_index))
         .with_state(app.clone())
-        .layer(TaskSetLayer::new(&tasks));
+        .layer((shutdown.layer(), TaskSetLayer::new(&tasks)));
 
     let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let http = legacy::Client::builder(TokioExecutor::new()).build_http();
     let client = Client { server: listener.local_addr()?, http };
     say("server", format!("listens on http://{}", client.server));
-    let (stop, stopped) = oneshot::channel::<()>();
-    let stopped = async { stopped.await.unwrap_or_default() };
-    let server = axum::serve(listener, router).with_graceful_shutdown(stopped);
-    let server = tokio::spawn(server.into_future());
+    let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.signalled());
+    let running = shutdown.clone();
+    let server = tokio::spawn(async move { running.run(server).await });
     let mut log = install_log();
 
     println!("\n(a) The reply comes first: the tasks are drained after it.");
@@ -174,15 +175,18 @@ async fn run() -> Result {
     say("ledger", task);
     check("it is kept", task.state == TaskState::Kept)?;
 
-    println!("\nThe process stops: first the server, then the tasks.");
-    let _ = stop.send(());
-    server.await??;
-    tasks.close();
+    println!(
+        "\nThe process stops, within a second: what is done is done, the rest is told to end."
+    );
+    shutdown.begin(); // as SIGTERM does, unless it is left out as here
+    let report = server.await??;
+    expect(&mut ends, 1, Outcome::Cancelled).await?;
+    say("report", &report);
+    let forced: Vec<_> = report.forced().iter().map(|forced| &*forced.name).collect();
+    check("the kept task had to be forced, and it alone", forced == ["rebuild_index"])?;
+    check("so the process would exit with 1", report.exit_code() == 1)?;
     let late = tasks.spawn("too_late", async {}).err().ok_or("a closed registry took a task")?;
     check("what comes too late is refused", late.reason == SpawnError::Closed)?;
-    tasks.cancel_all();
-    expect(&mut ends, 1, Outcome::Cancelled).await?;
-    tasks.wait().await;
     assert_drained(&tasks);
     check("no task lives, and all permits are back", tasks.is_empty() && limit.in_use() == 0)?;
 

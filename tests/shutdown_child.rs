@@ -1,0 +1,194 @@
+//! A process to shut down, for the tests of the shutdown: what it does is its first argument, its
+//! budget in milliseconds the second, and what it prints is the report.
+
+#![expect(clippy::print_stdout, reason = "it is a program")]
+
+use std::{
+    convert::Infallible,
+    env,
+    future::{self, pending},
+    io::Write,
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Full;
+use tokio::time::sleep;
+use tower::{Service, ServiceBuilder, service_fn};
+use tower_response_end::hold;
+use tower_tasks::{AtEnd, Shutdown, TaskRegistry, TaskSet, TaskSetLayer};
+
+/// Long enough for what comes to its end by itself.
+const SOON: Duration = Duration::from_millis(20);
+
+fn main() {
+    // Its lines tell how far it has come.
+    tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();
+    let mut args = env::args().skip(1);
+    let what = args.next().expect("what to do");
+    let budget = args.next().and_then(|budget| budget.parse().ok()).expect("a budget");
+    let threads = if what == "current_thread" { 1 } else { 2 };
+    let mut runtime = if threads == 1 {
+        tokio::runtime::Builder::new_current_thread()
+    } else {
+        tokio::runtime::Builder::new_multi_thread()
+    };
+    let runtime = runtime.worker_threads(threads).enable_all().build().expect("a runtime");
+    runtime.block_on(run(&what, Duration::from_millis(budget)));
+}
+
+async fn run(what: &str, budget: Duration) {
+    let tasks = TaskRegistry::new();
+    let shutdown = Shutdown::new(budget).tasks(&tasks);
+    // Dropped by what is to run before the signal comes.
+    let (runs, running) = mpsc::channel::<()>();
+    start(what, &tasks, &shutdown, &runs);
+    drop(runs);
+    // On this thread, which is not a worker.
+    let _ = running.recv();
+
+    let signalled = shutdown.signalled();
+    let by_itself = what == "by_itself";
+    let server = async move {
+        let mut signalled = std::pin::pin!(signalled);
+        // Signals are listened to from its first poll on.
+        let poll = future::poll_fn(|cx| std::task::Poll::Ready(signalled.as_mut().poll(cx)));
+        let _ = poll.await;
+        println!("ready");
+        std::io::stdout().flush()?;
+        if !by_itself {
+            signalled.await;
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    let report = shutdown.run(server).await.expect("it serves");
+    println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
+    report.exit()
+}
+
+/// What is there when the signal comes.
+fn start(what: &str, tasks: &TaskRegistry, shutdown: &Shutdown, runs: &mpsc::Sender<()>) {
+    let layers = ServiceBuilder::new().layer(shutdown.layer()).layer(TaskSetLayer::new(tasks));
+    let request = |handle: fn() -> Handled| {
+        let mut service = layers.service(service_fn(move |_: Request<()>| handle()));
+        drop(tokio::spawn(service.call(Request::new(()))));
+    };
+    match what {
+        "nothing" => {}
+        "request" => request(|| Box::pin(async { answer_after(SOON).await })),
+        "task" | "by_itself" => drop(tasks.spawn("task", sleep(SOON))),
+        "graceful" => drop(tasks.spawn_graceful("graceful", async |stop| {
+            stop.cancelled().await;
+            sleep(SOON).await;
+        })),
+        "blocking" => {
+            let runs = runs.clone();
+            drop(tasks.spawn_blocking("blocking", move |_| {
+                drop(runs);
+                thread::sleep(SOON);
+            }));
+        }
+        "panic" => drop(tasks.spawn("panic", async {
+            sleep(SOON).await;
+            panic!("by itself");
+        })),
+        "timeout" => drop(tasks.task("timeout").timeout(SOON).spawn(pending::<()>())),
+        "cancel" => request(|| {
+            Box::pin(async {
+                let set = TaskSet::current().expect("a layer is above");
+                let task = set.task("dies with its response").at_end(AtEnd::Cancel);
+                drop(task.spawn(pending::<()>()));
+                answer_after(SOON).await
+            })
+        }),
+        "forever" | "destructor" => {
+            let says = Says("dropped");
+            drop(tasks.spawn("forever", async move {
+                let _says = says;
+                pending::<()>().await;
+            }));
+        }
+        "goes_on" | "twice" => goes_on(tasks, runs.clone()),
+        "thrice" => {
+            goes_on(tasks, runs.clone());
+            blocks(tasks, runs.clone());
+        }
+        "stuck_closure" => blocks(tasks, runs.clone()),
+        "stuck_request" => request(|| Box::pin(pending())),
+        "held" => request(|| {
+            Box::pin(async {
+                let held = hold();
+                drop(tokio::spawn(async move {
+                    let _held = held;
+                    pending::<()>().await;
+                }));
+                answer_after(Duration::ZERO).await
+            })
+        }),
+        // Nothing wakes, so the thread that looks for events may be the one that is taken.
+        "never_yields" => {
+            let runs = runs.clone();
+            drop(tasks.spawn("never_yields", async move {
+                drop(runs);
+                thread::sleep(Duration::MAX);
+            }));
+        }
+        "current_thread" => {
+            let watch = shutdown.watch();
+            drop(tasks.spawn("takes_the_thread", async move {
+                watch.draining().await;
+                tracing::info!("takes the thread");
+                thread::sleep(Duration::MAX);
+            }));
+        }
+        "no_runtime" => {
+            // Its tasks go with it.
+            let other = thread::spawn({
+                let tasks = tasks.clone();
+                move || {
+                    let runtime = tokio::runtime::Builder::new_current_thread().build();
+                    let runtime = runtime.expect("a runtime");
+                    runtime.block_on(async { drop(tasks.spawn("gone", pending::<()>())) });
+                }
+            });
+            other.join().expect("it does not panic");
+        }
+        _ => panic!("what is {what}?"),
+    }
+}
+
+/// A graceful task that does not do as it is told.
+fn goes_on(tasks: &TaskRegistry, runs: mpsc::Sender<()>) {
+    let grace = tasks.task("goes_on").grace(Duration::MAX);
+    drop(grace.spawn_graceful(async move |_| {
+        drop(runs);
+        pending::<()>().await;
+    }));
+}
+
+fn blocks(tasks: &TaskRegistry, runs: mpsc::Sender<()>) {
+    drop(tasks.spawn_blocking("blocks", move |_| {
+        drop(runs);
+        thread::sleep(Duration::MAX);
+    }));
+}
+
+type Reply = Result<Response<Full<Bytes>>, Infallible>;
+type Handled = std::pin::Pin<Box<dyn Future<Output = Reply> + Send>>;
+
+async fn answer_after(time: Duration) -> Reply {
+    sleep(time).await;
+    Ok(Response::default())
+}
+
+/// Says so when it is dropped.
+struct Says(&'static str);
+
+impl Drop for Says {
+    fn drop(&mut self) {
+        println!("{}", self.0);
+    }
+}
