@@ -12,15 +12,17 @@ use std::{
 };
 
 use loom::{future::block_on, thread};
+use tokio::time::Instant;
 use tower_request_context::RequestContext;
 use tower_response_end::End;
 use tower_spawn_limit::SpawnError;
 
 use crate::{
-    AtEnd, TaskError, TaskRegistry,
-    set::{Refusal, Set},
-    task::{Cause, Member, Outcome, Tracked},
-    task_set::Plan,
+    AtEnd, Group, GroupError, StopToken, TaskError, TaskRegistry,
+    reaper::Who,
+    set::{Refusal, Set, Ticket},
+    task::{Cause, Graceful, Member, Order, Outcome, Tracked},
+    task_set::{Plan, TaskOwner},
 };
 
 /// Runs a model, and returns the outcomes that were reached.
@@ -236,7 +238,7 @@ fn a_late_cancellation_does_not_hit_the_next_task_in_the_same_place() {
         let set = set(&registry);
         let Ok(ticket) = set.enter(&plan(), None) else { panic!("it is open") };
         let (first, canceller) = (ticket.member(&set), ticket.canceller(&set));
-        let canceller = thread::spawn(move || canceller.cancel());
+        let canceller = thread::spawn(move || canceller.cancel(Cause::Requested));
         complete(first);
         let second = enter(&set).unwrap();
         let (slot, in_time) = (second.slot, set.has_orders());
@@ -292,4 +294,186 @@ fn a_snapshot_while_a_set_goes_over_counts_it_once() {
         counts.live
     });
     assert_eq!(seen, [0, 1]);
+}
+
+fn graceful(set: &Arc<Set>) -> (Member, StopToken) {
+    let (plan, stop) = Plan::graceful("task", Location::caller());
+    let Ok(ticket) = set.enter(&plan, None) else { panic!("it is open") };
+    (ticket.member(set), stop)
+}
+
+#[test]
+fn a_graceful_task_that_starts_to_listen_while_it_is_told_hears_it() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let (member, stop) = graceful(&set);
+        let task = thread::spawn(move || {
+            let waited = Cell::new(false);
+            let work = Graceful::new(
+                |stop: StopToken| {
+                    let waited = &waited;
+                    async move {
+                        waited.set(!stop.is_cancelled());
+                        stop.cancelled().await
+                    }
+                },
+                stop,
+            );
+            // A signal that is missed would be a hang, which loom reports.
+            let result = block_on(Tracked::new(work, member));
+            assert!(matches!(result, Ok(Cause::Shutdown)), "{result:?}");
+            waited.get()
+        });
+        set.cancel(Cause::Shutdown);
+        let waited = task.join().unwrap();
+        let counts = registry.snapshot().totals;
+        assert!(counts.is_exact() && counts.completed == 1, "{counts:?}");
+        waited
+    });
+    assert_eq!(seen, [false, true], "told before it looked, and after");
+}
+
+#[test]
+fn a_task_that_hears_nothing_is_dropped_when_its_grace_is_over() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let (member, _stop) = graceful(&set);
+        let task = thread::spawn(move || {
+            let polled = Cell::new(0);
+            let result = block_on(Tracked::new(Forever(&polled), member));
+            assert!(matches!(result, Err(TaskError::Aborted(Cause::Requested))), "{result:?}");
+            polled.get()
+        });
+        set.cancel(Cause::Requested);
+        set.abort(Cause::Shutdown);
+        let polled = task.join().unwrap();
+        let counts = registry.snapshot().totals;
+        assert!(counts.is_exact() && counts.aborted == 1, "{counts:?}");
+        polled > 0
+    });
+    assert_eq!(seen, [false, true], "before its first poll, and after");
+}
+
+#[test]
+fn a_token_that_is_asked_for_while_its_task_is_told_is_cancelled() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let (member, stop) = graceful(&set);
+        let asks = thread::spawn({
+            let stop = stop.clone();
+            move || {
+                let token = stop.cancellation_token();
+                let early = !token.is_cancelled();
+                (token, early)
+            }
+        });
+        set.cancel(Cause::Requested);
+        let (token, early) = asks.join().unwrap();
+        assert!(token.is_cancelled() && stop.cause() == Some(Cause::Requested));
+        complete(member);
+        early
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn a_deadline_that_lapses_late_does_not_hit_the_next_task_in_the_same_place() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let first = enter(&set).unwrap();
+        let slot = first.slot;
+        let (key, next_key) = ((Instant::now(), 1), (Instant::now(), 2));
+        set.set_timeout(slot, key);
+        let reaper = thread::spawn({
+            let set = set.clone();
+            move || set.lapse(key, Who::Task(slot))
+        });
+        complete(first);
+        let second = enter(&set).unwrap();
+        assert_eq!(second.slot, slot);
+        set.set_timeout(slot, next_key);
+        let in_time = set.has_orders();
+        reaper.join().unwrap();
+        assert_eq!(set.order(slot), None);
+        // Its own still counts.
+        set.lapse(next_key, Who::Task(slot));
+        assert_eq!(set.order(slot), Some(Order::TimeOut));
+        complete(second);
+        in_time
+    });
+    assert_eq!(seen, [false, true], "before the first has ended, and after");
+}
+
+/// A set that takes tasks in without a runtime.
+struct Entered(Arc<Set>);
+
+impl TaskOwner for Entered {
+    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
+        match self.0.enter(plan, None) {
+            Ok(ticket) => Ok((self.0.clone(), ticket)),
+            Err(refusal) => panic!("{refusal:?}"),
+        }
+    }
+
+    fn count_refused(&self, plan: &Plan) {
+        self.0.count_refused(plan);
+    }
+
+    fn ended(&self) -> Option<Cause> {
+        None
+    }
+}
+
+#[test]
+fn a_spawn_into_a_group_that_is_told_to_end_is_refused_or_told_and_waited_for() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let group = Group::new(Entered(set));
+        let handle = group.handle();
+        let spawner = thread::spawn(move || {
+            let polled = Cell::new(0);
+            let Ok((set, ticket, seat)) = handle.admit(&plan()) else { return false };
+            let work = handle.work(ticket.track(&set, Forever(&polled)), seat);
+            let result = block_on(work);
+            assert!(matches!(result, Err(TaskError::Cancelled(Cause::Requested))), "{result:?}");
+            true
+        });
+        group.cancel_all();
+        block_on(group.wait());
+        let live = registry.snapshot().totals.live;
+        assert_eq!(live, 0, "who left the group has left the set");
+        let accepted = spawner.join().unwrap();
+        assert_exact(&registry, 1, u64::from(!accepted), 0);
+        accepted
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn of_two_tasks_that_fail_at_once_one_is_the_first_and_the_wait_is_for_both() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let group = Group::new(Entered(set(&registry))).fail_fast();
+        let handle = group.handle();
+        // Both are there before one fails.
+        let [one, two] = [1, 2].map(|n: u32| {
+            let (set, ticket, seat) = handle.admit(&plan()).unwrap();
+            handle.work(ticket.track(&set, async move { Err::<(), _>(n) }), seat)
+        });
+        let [one, two] = [one, two].map(|work| thread::spawn(|| block_on(work).unwrap_err()));
+        let failure = block_on(group.wait()).unwrap_err();
+        assert_eq!(registry.snapshot().totals.live, 0);
+        let told = [one, two]
+            .map(|task| matches!(task.join().unwrap(), TaskError::Cancelled(Cause::Sibling)));
+        let GroupError::Failed { error, .. } = failure else { panic!("{failure:?}") };
+        (error, told)
+    });
+    let expected =
+        [(1, [false, false]), (1, [false, true]), (2, [false, false]), (2, [true, false])];
+    assert_eq!(seen, expected, "either, and the other has failed too or was told in time");
 }

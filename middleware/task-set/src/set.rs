@@ -711,6 +711,11 @@ impl Set {
         self.spread(news);
     }
 
+    #[cfg(all(test, loom))]
+    pub(crate) fn set_timeout(&self, slot: u32, key: Key) {
+        self.lock().extras.entry(slot).or_default().timeout = Some(key);
+    }
+
     /// Tells one task to end.
     pub(crate) fn cancel_task(self: &Arc<Self>, slot: u32, generation: u16, cause: Cause) {
         let mut inner = self.lock();

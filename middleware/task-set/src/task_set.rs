@@ -530,6 +530,16 @@ impl Plan {
         Self { name, site, choice: None }
     }
 
+    #[cfg(all(test, loom))]
+    pub(crate) fn graceful(
+        name: &'static str,
+        site: &'static Location<'static>,
+    ) -> (Self, StopToken) {
+        let stop = Arc::<Stop>::default();
+        let choice = Choice { stop: Some(stop.clone()), ..Choice::default() };
+        (Self { name, site, choice: Some(choice) }, StopToken::new(stop))
+    }
+
     pub(crate) const fn has_choices(&self) -> bool {
         self.choice.is_some()
     }
