@@ -16,14 +16,14 @@ use tokio::{
     task::yield_now,
     time::sleep,
 };
-use tower_tasks::TaskRegistry;
+use tower_tasks::{TaskRegistry, task_set::StopToken};
 use tower_tasks_benches::{Budgets, args, grouped, table};
 
 use crate::ways::{ByHand, Job, Task, Tracker, Way, head, request, wait_once, with_way};
 
 mod ways;
 
-const WAYS: [&str; 10] = [
+const WAYS: [&str; 12] = [
     "tokio::spawn",
     "JoinSet",
     "tracker + child token",
@@ -34,6 +34,8 @@ const WAYS: [&str; 10] = [
     "ours",
     "ours + limit",
     "ours + timeout",
+    "ours, graceful",
+    "ours, in a group",
 ];
 
 fn main() {
@@ -116,10 +118,10 @@ fn per_request(budgets: &mut Budgets) {
                 }
             }
         }
-        if way == "ours + timeout" {
+        if way == "ours + timeout" || way == "ours, graceful" {
             let without = steady("ours", 1000, wait_once).0;
             let more = (steady(way, 1000, wait_once).0 - without) / 1000.0;
-            budgets.most("ours + timeout: allocations more for each task", more, 1.0, 2);
+            budgets.most(&format!("{way}: allocations more for each task"), more, 1.0, 2);
         }
         rows.push(row);
     }
@@ -149,6 +151,18 @@ impl<const N: usize> Future for Words<N> {
     }
 }
 
+/// A graceful task, which keeps its token.
+struct Keeps<const N: usize>(Words<N>, StopToken);
+
+impl<const N: usize> Future for Keeps<N> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        std::hint::black_box(&self.1);
+        Pin::new(&mut self.0).poll(cx)
+    }
+}
+
 /// Bytes of the allocation that a task with a future of `N` words has, in the runtime's steps.
 fn task_of<const N: usize>(way: &str) -> u64 {
     let words = || Words([0; N]);
@@ -174,6 +188,17 @@ fn task_of<const N: usize>(way: &str) -> u64 {
             "ours" => {
                 let registry = TaskRegistry::new();
                 second(|| drop(registry.spawn("words", words())))
+            }
+            // What a task has apart from its own allocation is not its future's.
+            "ours, graceful" => {
+                let registry = TaskRegistry::new();
+                second(|| {
+                    drop(registry.spawn_graceful("words", |stop| Keeps(Words([0; N]), stop)));
+                })
+            }
+            "ours, in a group" => {
+                let group = TaskRegistry::new().group();
+                second(|| drop(group.spawn("words", words())))
             }
             _ => panic!("no such way: {way}"),
         }
@@ -204,6 +229,8 @@ fn bytes_in_the_future(budgets: &mut Budgets) {
         "scope-spawn",
         "by hand + permit",
         "ours",
+        "ours, graceful",
+        "ours, in a group",
     ];
     let sizes = sizes!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28
         29 30 31 32 33 34 35 36);
@@ -217,8 +244,12 @@ fn bytes_in_the_future(budgets: &mut Budgets) {
         let added = raw - largest(way);
         let tasks = [1, 3, 8, 15].map(|words| sizes[words].1(way).to_string());
         rows.push([way.to_owned(), added.to_string()].into_iter().chain(tasks).collect());
-        if way == "ours" {
-            budgets.most("ours: bytes in the future", f64::from(added), 16.0, 0);
+        match way {
+            "ours" => budgets.most("ours: bytes in the future", f64::from(added), 16.0, 0),
+            "ours, graceful" => {
+                budgets.most("ours, graceful: bytes in the future", f64::from(added), 32.0, 0);
+            }
+            _ => {}
         }
     }
     table(

@@ -168,6 +168,8 @@ fn instructions_per_task(quick: bool, budgets: &mut Budgets) {
         "ours in a context",
         "ours + limit + trace-id",
         "ours + timeout",
+        "ours, graceful",
+        "ours, in a group",
     ];
     let columns = [("ready", 1000), ("waits", 1000), ("ready", 64), ("waits", 64)];
     let quick_ways =

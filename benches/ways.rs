@@ -114,7 +114,13 @@ pub(crate) fn with_way(name: &str, job: impl Job) {
             job.with(Traced(Ours::new(TaskRegistry::new().limit(bounds))));
         }
         "ours + timeout" => {
-            job.with(Ours { timeout: true, ..Ours::new(TaskRegistry::new()) });
+            job.with(Ours { kind: Kind::Timeout, ..Ours::new(TaskRegistry::new()) });
+        }
+        "ours, graceful" => {
+            job.with(Ours { kind: Kind::Graceful, ..Ours::new(TaskRegistry::new()) });
+        }
+        "ours, in a group" => {
+            job.with(InGroup(Ours::new(TaskRegistry::new())));
         }
         _ => panic!("no such way: {name}"),
     }
@@ -456,14 +462,22 @@ impl<B: Body> Body for HandBody<B> {
 
 pub(crate) struct Ours {
     pub(crate) registry: TaskRegistry,
-    pub(crate) timeout: bool,
+    pub(crate) kind: Kind,
     /// Tasks that are not the user's: one keeps the deadlines, and sleeps on when they are gone.
     pub(crate) reaper: usize,
 }
 
+/// What is special about its tasks.
+#[derive(Clone, Copy)]
+pub(crate) enum Kind {
+    Ordinary,
+    Timeout,
+    Graceful,
+}
+
 impl Ours {
     pub(crate) fn new(registry: TaskRegistry) -> Self {
-        Self { registry, timeout: false, reaper: 1 }
+        Self { registry, kind: Kind::Ordinary, reaper: 1 }
     }
 }
 
@@ -473,17 +487,19 @@ impl Way for Ours {
         tasks: usize,
         task: impl Fn() -> T + Copy + Send + 'static,
     ) -> impl Serve {
-        let timeout = self.timeout;
+        let kind = self.kind;
         TaskSetLayer::new(&self.registry).layer(service_fn(move |_| async move {
             if tasks > 0 {
                 let set = TaskSet::current().expect("the layer is there");
                 for _ in 0..tasks {
-                    let spawned = if timeout {
-                        set.task("task").timeout(Duration::from_secs(60)).spawn(task())
-                    } else {
-                        set.spawn("task", task())
+                    let is_spawned = match kind {
+                        Kind::Ordinary => set.spawn("task", task()).is_ok(),
+                        Kind::Timeout => {
+                            set.task("task").timeout(Duration::from_secs(60)).spawn(task()).is_ok()
+                        }
+                        Kind::Graceful => set.spawn_graceful("task", move |_| task()).is_ok(),
                     };
-                    spawned.expect("nothing is full or closed");
+                    assert!(is_spawned, "nothing is full or closed");
                 }
             }
             Ok(answer())
@@ -498,6 +514,32 @@ impl Way for Ours {
         self.registry.cancel_all();
         self.registry.close();
         self.registry.wait().await;
+    }
+}
+
+/// In a group, which is waited for before the answer.
+struct InGroup(Ours);
+
+impl Way for InGroup {
+    fn service<T: Task>(
+        &self,
+        tasks: usize,
+        task: impl Fn() -> T + Copy + Send + 'static,
+    ) -> impl Serve {
+        TaskSetLayer::new(&self.0.registry).layer(service_fn(move |_| async move {
+            if tasks > 0 {
+                let group = TaskSet::current().expect("the layer is there").group();
+                for _ in 0..tasks {
+                    group.spawn("task", task()).expect("nothing is full or closed");
+                }
+                group.wait().await;
+            }
+            Ok(answer())
+        }))
+    }
+
+    fn wait(&self, others: usize) -> impl Future<Output = ()> + Send {
+        self.0.wait(others)
     }
 }
 

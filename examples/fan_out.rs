@@ -35,7 +35,7 @@ use tokio::{
 };
 use tower_tasks::{
     TaskRegistry, TaskSet, TaskSetLayer,
-    task_set::{GroupError, TaskError, assert_drained},
+    task_set::assert_drained,
 };
 
 type Result<T = (), E = Box<dyn Error>> = std::result::Result<T, E>;

@@ -5,7 +5,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "it shows what happens")]
 
-use std::{convert::Infallible, error::Error, process::ExitCode, time::Duration};
+use std::{error::Error, process::ExitCode, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot},
