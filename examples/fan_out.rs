@@ -33,10 +33,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
 };
-use tower_tasks::{
-    TaskRegistry, TaskSet, TaskSetLayer,
-    task_set::assert_drained,
-};
+use tower_tasks::{TaskRegistry, TaskSet, TaskSetLayer, task_set::assert_drained};
 
 type Result<T = (), E = Box<dyn Error>> = std::result::Result<T, E>;
 

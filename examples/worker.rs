@@ -95,7 +95,7 @@ async fn run() -> Result {
     println!("The first job is done, and the second is in hand when the process is to stop.");
     fetched()?;
     // Two jobs are out of the queue when there is room for all but one.
-    while queue.capacity() < 7 || tasks.snapshot().by_name.get("notify_page").is_none() {
+    while queue.capacity() < 7 || !tasks.snapshot().by_name.contains_key("notify_page") {
         tokio::task::yield_now().await;
     }
     consumer.cancel();

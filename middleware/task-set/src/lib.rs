@@ -56,6 +56,19 @@
 //! | [`cancel_all`](TaskRegistry::cancel_all), at shutdown | cancelled | cancelled | cancelled |
 //! | runtime dropped | aborted | aborted | aborted |
 //!
+//! What it means to be told to end depends on the kind of the task:
+//!
+//! | | [`spawn`](TaskSet::spawn) | [`spawn_graceful`](TaskSet::spawn_graceful) | [`spawn_blocking`](TaskSet::spawn_blocking) |
+//! |---|---|---|---|
+//! | it is told, by any of the above | dropped at its next await: cancelled | sees it and why, has its [grace](NewTask::grace), is then dropped: aborted | sees it and why; runs until it returns. Not started yet: never runs, cancelled |
+//! | by its own timeout | dropped: timed out | the same, and then timed out | the same; not started yet: timed out |
+//! | it ends by itself after that | | completed | completed |
+//! | [`abort_all`](TaskRegistry::abort_all) | cancelled | its grace is over: aborted | told |
+//! | runtime dropped | aborted | aborted | runs until it returns. Not started yet: the runtime's choice, run or aborted |
+//!
+//! Of a [`Group`] all that holds for each of its tasks, and they are told too when it is dropped:
+//! with the handler's future when the client has left, with the task that owns it when that ends.
+//!
 //! A task that drains holds nothing back: neither the last byte of the response nor the next
 //! request on the connection.
 //!
@@ -86,10 +99,28 @@
 //!
 //! # Cancellation
 //!
-//! Nothing here cancels on drop: neither a [`TaskHandle`], nor a [`TaskSet`], nor the
-//! [`TaskRegistry`]. A task is told to end by its lifetime, its timeout, its handle or its
-//! registry, and then dropped at its next await. What never awaits cannot be stopped; it stays in
+//! Nothing here cancels on drop but a [`Group`]: neither a [`TaskHandle`], nor a [`TaskSet`], nor
+//! the [`TaskRegistry`]. A task is told to end by its lifetime, its timeout, its handle, its group
+//! or its registry. What never awaits cannot be stopped, nor can a closure that blocks; it stays in
 //! the [`Snapshot`] as [`Cancelling`](TaskState::Cancelling), by name and place.
+//!
+//! A task that waits for what it is part of, with [`TaskRegistry::wait`] or [`Group::wait`], waits
+//! for itself, until it is told to end.
+//!
+//! # Only what is `Send`
+//!
+//! Tasks may run and be dropped on any thread of their runtime, and so must be `Send`:
+//!
+//! ```compile_fail,E0277
+//! let tasks = tower_task_set::TaskRegistry::new();
+//! tasks.spawn("not_send", std::future::pending::<std::rc::Rc<()>>());
+//! ```
+//!
+//! ```compile_fail,E0277
+//! let tasks = tower_task_set::TaskRegistry::new();
+//! let count = std::rc::Rc::new(7);
+//! tasks.spawn_blocking("not_send", move |_| *count + 1);
+//! ```
 //!
 //! # Panics
 //!

@@ -11,6 +11,7 @@ mod deadline;
 #[cfg(feature = "axum")]
 mod extract;
 mod group;
+mod kinds;
 mod ledger;
 mod lifetime;
 mod log;
