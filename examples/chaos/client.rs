@@ -1,6 +1,10 @@
 //! Clients that misbehave, and look at what comes back.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::future::join_all;
@@ -15,7 +19,7 @@ use tokio::{
 
 use crate::{
     plan::{Answer, Conduct, Plan, Protocol},
-    site::{BoxError, FOR_EVER, PIECE, Site},
+    site::{BoxError, FOR_EVER, PIECE, Site, TIMEOUT},
 };
 
 /// What a client has seen of a response.
@@ -57,8 +61,9 @@ impl Client {
                         Err(error) => return failed(site, &error),
                     },
                 };
+                let sent = Instant::now();
                 let seen = timeout(FOR_EVER, connection.exchange(site, plan)).await;
-                check(site, plan, &seen.unwrap_or_else(|_| Err("it takes for ever".into())));
+                check(site, plan, sent, &seen.unwrap_or_else(|_| Err("it takes for ever".into())));
                 *http1 = Some(connection).filter(|connection| connection.is_alive);
             }
         };
@@ -75,7 +80,7 @@ fn failed(site: &Site, error: &io::Error) {
 }
 
 /// Whether a client may see this.
-fn check(site: &Site, plan: &Arc<Plan>, seen: &Result<Seen, BoxError>) {
+fn check(site: &Site, plan: &Arc<Plan>, sent: Instant, seen: &Result<Seen, BoxError>) {
     let is_grpc = plan.protocol == Protocol::Grpc;
     let good = if is_grpc { 0 } else { 200 };
     let bytes = |pieces: u32| pieces as usize * (PIECE + if is_grpc { 5 } else { 0 });
@@ -83,8 +88,11 @@ fn check(site: &Site, plan: &Arc<Plan>, seen: &Result<Seen, BoxError>) {
         return;
     }
     site.run.count("answered", 1);
-    // The timeout and whoever stops may answer instead of anyone.
-    if site.is_stopping() || matches!(seen, Ok(Seen::Whole(504, _))) {
+    // A deadline, a panic that fails the response, a full limit and whoever stops may answer
+    // instead of anyone.
+    let is_late = sent.elapsed() >= site.deadline.min(TIMEOUT);
+    let is_full = matches!(seen, Ok(Seen::Whole(503 | 8, _)));
+    if site.is_stopping() || is_late || is_full || plan.may_fail() {
         return;
     }
     let is_meant = match (seen, plan.answer) {
@@ -316,8 +324,9 @@ impl Http2 {
         let all = plans.into_iter().map(|plan| {
             let mut requests = connection.requests.clone();
             async move {
+                let sent = Instant::now();
                 let seen = timeout(FOR_EVER, exchange(&mut requests, site, plan)).await;
-                check(site, plan, &seen.unwrap_or_else(|_| Err("it takes for ever".into())));
+                check(site, plan, sent, &seen.unwrap_or_else(|_| Err("it takes for ever".into())));
             }
         });
         join_all(all).await;

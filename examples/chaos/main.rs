@@ -156,7 +156,7 @@ async fn drive(
         u64::try_from(of_time.max(of_requests)).unwrap_or(1000)
     };
     while share(next.load(Relaxed)) < 1000 {
-        let site = Site::start(run).await?;
+        let site = Site::start(run, &mut dice).await?;
         for life in 1.. {
             let first = next.load(Relaxed);
             let until = (first + segment).min(options.requests);
@@ -164,6 +164,7 @@ async fn drive(
             for _ in 0..WORKERS {
                 workers.spawn(work(site.clone(), next.clone(), until, options.seed));
             }
+            site.set_limit(usize::try_from(20 + dice.below(200)).unwrap_or(20));
             // At any moment, whatever is under way.
             let abrupt = dice.percent(30);
             if abrupt {
@@ -238,6 +239,12 @@ fn finish(options: &Options, run: &Run, samples: &[Sample], elapsed: Duration) -
         "cancelled after its client left: {} tasks, p50 {p50:?}, p99 {p99:?}, max {:?}",
         latency.count(),
         latency.max()
+    );
+    let overrun = &run.shutdown_overrun;
+    println!(
+        "shutdowns beyond their budget: p50 {:?}, max {:?}",
+        overrun.quantile(500),
+        overrun.max()
     );
     if let (Some(first), Some(last)) = (samples.first(), samples.last()) {
         let (before, after) = (first.vitals, last.vitals);

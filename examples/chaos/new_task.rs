@@ -68,5 +68,5 @@ fn choose<'a, O>(mut new: NewTask<'a, O>, plan: &TaskPlan) -> NewTask<'a, O> {
     if let Some(timeout) = plan.timeout {
         new = new.timeout(timeout);
     }
-    new.grace(std::time::Duration::from_millis(5))
+    new.on_panic(plan.on_panic).grace(std::time::Duration::from_millis(5))
 }

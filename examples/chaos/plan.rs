@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tower_tasks::{AtEnd, End};
+use tower_tasks::{AtEnd, End, task_set::OnPanic};
 
 /// `SplitMix64`: enough for dice, and the whole run is in one seed.
 pub(crate) struct Dice(pub(crate) u64);
@@ -85,6 +85,7 @@ pub(crate) struct TaskPlan {
     pub(crate) at_end: Option<AtEnd>,
     pub(crate) on: Option<(End, AtEnd)>,
     pub(crate) timeout: Option<Duration>,
+    pub(crate) on_panic: OnPanic,
     pub(crate) handle: HandlePlan,
     /// Of the process, and not of the request.
     pub(crate) of_registry: bool,
@@ -186,7 +187,7 @@ impl Plan {
             10..20 => Answer::BodyPanics,
             20..26 => Answer::Fails,
             26..32 => Answer::BodyFails,
-            32..34 if protocol != Protocol::Grpc => Answer::Never,
+            32..34 => Answer::Never,
             34..38 if protocol != Protocol::Grpc => Answer::Retried,
             38..44 if protocol == Protocol::Http1 => Answer::Upgrades,
             44..90 => Answer::Streams(u32::try_from(dice.below(6)).unwrap_or(0), dice.millis(4)),
@@ -219,6 +220,16 @@ impl Plan {
 
     pub(crate) fn trace_id(&self) -> String {
         format!("c4a05{:027x}", self.id + 1)
+    }
+
+    /// Whether the panic of a task may fail the response.
+    pub(crate) fn may_fail(&self) -> bool {
+        fn fails(task: &TaskPlan) -> bool {
+            let panics =
+                matches!(task.kind, Kind::Panics | Kind::PanicsInDrop | Kind::ClosurePanics);
+            (panics && task.on_panic == OnPanic::FailResponse) || task.children.iter().any(fails)
+        }
+        self.tasks.iter().any(fails)
     }
 
     pub(crate) fn left_now(&self) {
@@ -289,13 +300,18 @@ impl TaskPlan {
             }
             _ => Vec::new(),
         };
+        let on_panic = match dice.below(6) {
+            0 => OnPanic::CancelSiblings,
+            1 => OnPanic::FailResponse,
+            _ => OnPanic::Isolate,
+        };
         let is_measured = kind == Kind::Waits
             && depth == 0
             && at_end == Some(AtEnd::Cancel)
             && timeout.is_none()
             && !of_registry
             && matches!(handle, HandlePlan::Keep | HandlePlan::Drop);
-        Self { kind, at_end, on, timeout, handle, of_registry, children, is_measured }
+        Self { kind, at_end, on, timeout, on_panic, handle, of_registry, children, is_measured }
     }
 
     /// The task that serves an upgraded connection.
@@ -305,6 +321,7 @@ impl TaskPlan {
             at_end: None,
             on: None,
             timeout: None,
+            on_panic: OnPanic::Isolate,
             handle: HandlePlan::Keep,
             of_registry: false,
             children: Vec::new(),

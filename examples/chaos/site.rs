@@ -3,6 +3,8 @@
 use std::{
     collections::{BTreeMap, HashMap},
     convert::Infallible,
+    future::IntoFuture,
+    io,
     net::SocketAddr,
     pin::Pin,
     sync::{
@@ -27,7 +29,6 @@ use pin_project_lite::pin_project;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
-    sync::watch,
     task::{JoinHandle, yield_now},
     time::{Sleep, sleep, timeout},
 };
@@ -44,9 +45,11 @@ use tower::{
 };
 use tower_http::timeout::TimeoutLayer;
 use tower_tasks::{
-    AtEnd, CatchUnwindLayer, End, Outcome, ResponseEndLayer, SpawnError, SpawnLimit, TaskError,
-    TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer, TraceContext, TraceIdLayer,
+    AtEnd, CatchUnwindLayer, End, Outcome, Report, RequestLimitLayer, ResponseEndLayer, Shutdown,
+    SpawnError, SpawnLimit, TaskError, TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
+    TraceContext, TraceIdLayer,
     request_context::{RequestId, TraceId},
+    shutdown::{Forced, Kind as Forces},
     task_set::Group,
     trace_id::Trust,
 };
@@ -54,14 +57,15 @@ use tower_tasks::{
 use crate::{
     histogram::Histogram,
     new_task::New,
-    plan::{Answer, HandlePlan, Kind, Plan, TaskPlan},
+    plan::{Answer, Dice, HandlePlan, Kind, Plan, TaskPlan},
 };
 
 /// More than anything takes here; then something hangs.
 pub(crate) const FOR_EVER: Duration = Duration::from_secs(20);
 /// A handler that never answers has so long.
-const TIMEOUT: Duration = Duration::from_millis(250);
+pub(crate) const TIMEOUT: Duration = Duration::from_millis(250);
 const LIMIT: usize = 150;
+const REQUESTS: usize = 60;
 pub(crate) const PIECE: usize = 64;
 
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -71,6 +75,8 @@ pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) struct Run {
     /// From the client's leaving to the last destructor of a task that is cancelled by it.
     pub(crate) cancel_latency: Histogram,
+    /// What shutdowns took beyond their budget.
+    pub(crate) shutdown_overrun: Histogram,
     pub(crate) totals: Mutex<BTreeMap<&'static str, u64>>,
     differences: Mutex<Vec<String>>,
 }
@@ -79,6 +85,7 @@ impl Run {
     pub(crate) const fn new() -> Self {
         Self {
             cancel_latency: Histogram::new(),
+            shutdown_overrun: Histogram::new(),
             totals: Mutex::new(BTreeMap::new()),
             differences: Mutex::new(Vec::new()),
         }
@@ -146,16 +153,23 @@ pub(crate) struct Site {
     stopping: AtomicBool,
     /// No task may run from now on.
     over: AtomicBool,
-    stop: watch::Sender<bool>,
-    servers: Mutex<Vec<JoinHandle<()>>>,
+    shutdown: Shutdown,
+    /// Tasks that its report has named as still running.
+    left: Mutex<Vec<(String, Option<TraceId>)>>,
+    requests: RequestLimitLayer,
+    /// Of a response.
+    pub(crate) deadline: Duration,
+    server: Mutex<Option<JoinHandle<Option<Report>>>>,
 }
 
 impl Site {
-    pub(crate) async fn start(run: &Arc<Run>) -> Result<Arc<Self>, BoxError> {
+    pub(crate) async fn start(run: &Arc<Run>, dice: &mut Dice) -> Result<Arc<Self>, BoxError> {
         let http = TcpListener::bind("127.0.0.1:0").await?;
         let grpc = TcpListener::bind("127.0.0.1:0").await?;
         let (http_at, grpc_at) = (http.local_addr()?, grpc.local_addr()?);
         let limit = SpawnLimit::new(LIMIT).per_request(6);
+        let deadline = Duration::from_millis(if dice.percent(50) { 120 } else { 400 });
+        let budget = if dice.percent(50) { dice.millis(15) } else { dice.millis(300) };
         let site = Arc::new_cyclic(|site: &Weak<Self>| {
             let observer = site.clone();
             let observe = move |event: &TaskEvent| {
@@ -163,11 +177,13 @@ impl Site {
                     site.observe(event);
                 }
             };
+            let tasks = TaskRegistry::new().limit(limit.clone()).observer(observe);
+            let shutdown = Shutdown::new(budget).grace(budget / 3).tasks(&tasks).without_signals();
             Self {
                 run: run.clone(),
                 http: http_at,
                 grpc: grpc_at,
-                tasks: TaskRegistry::new().limit(limit.clone()).observer(observe),
+                tasks,
                 limit,
                 plans: Mutex::default(),
                 fates: std::array::from_fn(|_| Fates::default()),
@@ -177,28 +193,35 @@ impl Site {
                 ends: AtomicU64::new(0),
                 stopping: AtomicBool::new(false),
                 over: AtomicBool::new(false),
-                stop: watch::channel(false).0,
-                servers: Mutex::default(),
+                shutdown,
+                left: Mutex::default(),
+                requests: RequestLimitLayer::new(REQUESTS),
+                deadline,
+                server: Mutex::default(),
             }
         });
-        let signal = |mut stopped: watch::Receiver<bool>| async move {
-            drop(stopped.wait_for(|stopped| *stopped).await);
-        };
-        let server =
-            axum::serve(http, site.router()).with_graceful_shutdown(signal(site.stop.subscribe()));
-        let of_http = tokio::spawn(async move { drop(server.await) });
-        let server = tonic::transport::Server::builder()
+        let of_http =
+            axum::serve(http, site.router()).with_graceful_shutdown(site.shutdown.signalled());
+        let of_grpc = tonic::transport::Server::builder()
             .layer(TraceIdLayer::new().trust(Trust::Continue))
             .layer(CatchUnwindLayer::new().max_events_per_second(0))
+            .layer(site.shutdown.layer())
+            .layer(site.requests.clone())
             .layer(site.response_end::<tonic::body::Body>())
             .layer(site.task_set())
             .add_service(Grpc(site.clone()))
-            .serve_with_incoming_shutdown(
-                TcpListenerStream::new(grpc),
-                signal(site.stop.subscribe()),
-            );
-        let of_grpc = tokio::spawn(async move { drop(server.await) });
-        lock(&site.servers).extend([of_http, of_grpc]);
+            .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), site.shutdown.signalled());
+        let (shutdown, run) = (site.shutdown.clone(), run.clone());
+        let server = tokio::spawn(async move {
+            let both = async {
+                let (of_http, of_grpc) = tokio::join!(of_http.into_future(), of_grpc);
+                of_http?;
+                of_grpc.map_err(io::Error::other)
+            };
+            let report = Box::pin(shutdown.run(both)).await;
+            report.map_err(|error| run.differs(format!("the shutdown: {error}"))).ok()
+        });
+        *lock(&site.server) = Some(server);
         Ok(site)
     }
 
@@ -208,15 +231,19 @@ impl Site {
         Router::new().fallback(handler).layer((
             TraceIdLayer::new().trust(Trust::Continue),
             CatchUnwindLayer::new().max_events_per_second(0),
+            self.shutdown.layer(),
             RetryLayer::new(RetryOnce { again: true }),
             TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, TIMEOUT),
+            self.requests.clone(),
             self.response_end::<Body>(),
             self.task_set(),
         ))
     }
 
     fn task_set(&self) -> TaskSetLayer {
-        TaskSetLayer::new(&self.tasks).at_end(AtEnd::Drain(Duration::from_millis(10)))
+        TaskSetLayer::new(&self.tasks)
+            .at_end(AtEnd::Drain(Duration::from_millis(10)))
+            .deadline(self.deadline)
     }
 
     /// The hook has to be told of each response once.
@@ -377,22 +404,41 @@ impl Site {
         self.compare().await;
     }
 
-    /// Shuts down, whatever goes on.
+    /// Shuts down, whatever goes on, and looks at the report.
     pub(crate) async fn shut_down(&self) {
         self.stopping.store(true, SeqCst);
-        self.stop.send_replace(true);
-        self.tasks.close();
-        self.tasks.cancel_all();
-        if timeout(FOR_EVER, self.tasks.wait()).await.is_err() {
-            self.run.differs("the shutdown takes for ever");
-        }
+        self.shutdown.begin();
+        let Some(server) = lock(&self.server).take() else { return };
+        let Ok(Ok(Some(report))) = timeout(FOR_EVER, server).await else {
+            return self.run.differs("the shutdown takes for ever");
+        };
+        let is_left = |forced: &&Forced| forced.outcome.is_none() && forced.what == Forces::Task;
+        let left = report.forced().iter().filter(is_left);
+        *lock(&self.left) = left.map(|task| (task.name.to_string(), task.trace_id)).collect();
         self.over.store(true, SeqCst);
-        let servers = std::mem::take(&mut *lock(&self.servers));
-        for server in servers {
-            if timeout(FOR_EVER, server).await.is_err() {
-                self.run.differs("a server does not stop");
-            }
+
+        let run = &self.run;
+        run.shutdown_overrun.add(report.took.saturating_sub(report.budget));
+        run.count("forced", report.forced().len() as u64);
+        let (requests, drained) = (&report.requests, &report.drained);
+        let ended = requests.completed + requests.ended + requests.left;
+        run.expect("requests of the report", requests.at_begin + requests.later, ended);
+        let ended = drained.completed
+            + drained.cancelled
+            + drained.aborted
+            + drained.timed_out
+            + drained.panicked
+            + drained.left;
+        run.expect("tasks of the report", drained.at_begin + drained.spawned, ended);
+        run.expect("named as left", drained.left, lock(&self.left).len() as u64);
+        if !report.tasks.is_exact() || (report.exit_code() == 0) != report.forced().is_empty() {
+            run.differs(format!("the report does not add up: {report:?}"));
         }
+    }
+
+    /// Another limit, while tasks hold permits of it.
+    pub(crate) fn set_limit(&self, limit: usize) {
+        self.limit.set_limit(limit);
     }
 
     async fn compare(&self) {
@@ -413,6 +459,7 @@ impl Site {
         }
         run.expect("live", snapshot.totals.live, 0);
         run.expect("permits", self.limit.in_use() as u64, 0);
+        run.expect("permits of requests", self.requests.in_use() as u64, 0);
         for kind in Kind::ALL {
             let (name, fates) = (kind.name(), &self.fates[kind as usize]);
             let ledger = snapshot.by_name.get(name).copied().unwrap_or_default();
@@ -534,7 +581,11 @@ impl Witness {
     fn enters(&mut self) {
         self.state = State::Polled;
         self.has_run = true;
-        if self.site.over.load(SeqCst) {
+        let is_left = |site: &Site| {
+            let (name, trace_id) = (self.kind.name(), Some(self.ids.trace_id));
+            lock(&site.left).iter().any(|task| task.0 == name && task.1 == trace_id)
+        };
+        if self.site.over.load(SeqCst) && !is_left(&self.site) {
             self.site.run.differs(format!("{} ran after the shutdown", self.kind.name()));
         }
         self.site.check_ids(&self.ids, self.kind.name());
@@ -834,6 +885,7 @@ impl Service<http::Request<tonic::body::Body>> for Grpc {
                     let answer = match plan.answer {
                         Answer::Fails => return Err(Status::unavailable("chaos")),
                         Answer::Panics => panic!("chaos: the handler"),
+                        Answer::Never => std::future::pending().await,
                         Answer::Whole(after) => {
                             sleep(after).await;
                             Answer::Streams(1, Duration::ZERO)

@@ -37,8 +37,8 @@ use tower_http::{
 };
 use tower_tasks::{
     AtEnd, CatchUnwindLayer, End, RequestContext, RequestContextLayer, RequestLimitLayer,
-    ResponseEndLayer, SpawnLimit, SpawnLimitLayer, TaskError, TaskHandle, TaskRegistry, TaskSet,
-    TaskSetLayer, TraceContext, TraceIdLayer, assert_drained,
+    ResponseEndLayer, Shutdown, SpawnLimit, SpawnLimitLayer, TaskError, TaskHandle, TaskRegistry,
+    TaskSet, TaskSetLayer, TraceContext, TraceIdLayer, assert_drained,
 };
 
 type Reply = Response<UnsyncBoxBody<Bytes, BoxError>>;
@@ -57,7 +57,9 @@ const OURS: [Named; 5] = [
 ];
 
 /// And those that some have.
-const SOME: [Named; 3] = [
+const SOME: [Named; 5] = [
+    ("shutdown", |_, inner| wrap(&Shutdown::new(FOR_EVER).without_signals().layer(), inner)),
+    ("task-set with a deadline", |site, inner| wrap(&site.task_set().deadline(3 * TIMEOUT), inner)),
     ("spawn-limit", |_, inner| wrap(&SpawnLimitLayer::new(SpawnLimit::new(6)), inner)),
     ("spawn-limit of requests", |_, inner| wrap(&RequestLimitLayer::new(4), inner)),
     ("spawn-limit of requests that wait", |_, inner| {
@@ -129,11 +131,11 @@ async fn our_layers_work_in_every_pair_of_orders() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_limit_works_in_every_place() {
-    for limit in SOME {
+async fn a_layer_that_some_have_works_in_every_place() {
+    for some in SOME {
         for place in 0..=OURS.len() {
             let mut order = OURS.to_vec();
-            order.insert(place, limit);
+            order.insert(place, some);
             Site::default().prove(&order).await;
         }
     }
@@ -372,7 +374,8 @@ impl Site {
         let told = self.ends.lock().unwrap().len() as u64;
         assert_eq!(self.made.load(Relaxed), told, "{at}");
         assert_eq!(told > 0, has("response-end"), "{at}");
-        assert_eq!(ledger.attempted > 0, has("task-set"), "{at}");
+        let has_set = has("task-set") || has("task-set with a deadline");
+        assert_eq!(ledger.attempted > 0, has_set, "{at}");
     }
 }
 

@@ -30,8 +30,8 @@ use tower::{
 };
 use tower_tasks::{
     AtEnd, CatchUnwindLayer, End, PropagateLayer, RequestContextLayer, RequestLimitLayer,
-    ResponseEndLayer, SpawnLimit, SpawnLimitLayer, TaskRegistry, TaskSetLayer, TraceIdLayer,
-    response_end::RequestBody, trace_id::Trust,
+    ResponseEndLayer, Shutdown, SpawnLimit, SpawnLimitLayer, TaskRegistry, TaskSetLayer,
+    TraceIdLayer, response_end::RequestBody, trace_id::Trust,
 };
 use tower_test::mock::{self, Mock};
 
@@ -84,7 +84,12 @@ fn rows() -> Vec<Row> {
             "spawn-limit of requests that wait",
             RequestLimitLayer::new(1).wait(Duration::from_secs(1)).queue(1),
         ),
+        row("shutdown", Shutdown::new(Duration::ZERO).without_signals().layer()),
         row("task-set", TaskSetLayer::new(&tasks)),
+        row(
+            "task-set with a deadline",
+            TaskSetLayer::new(&tasks).deadline(Duration::from_secs(3600)),
+        ),
         row(
             "task-set without tasks",
             TaskSetLayer::new(&none).at_end(AtEnd::Cancel).in_extensions(),
@@ -98,6 +103,7 @@ fn rows() -> Vec<Row> {
             (
                 TraceIdLayer::new(),
                 CatchUnwindLayer::new(),
+                Shutdown::new(Duration::ZERO).without_signals().layer(),
                 RequestContextLayer::new(|_: &Sent| "value"),
                 RequestLimitLayer::new(1),
                 ResponseEndLayer::new(on_end),
@@ -120,6 +126,7 @@ fn plain_rows() -> Vec<PlainRow> {
         plain_row("request-limit", RequestLimitLayer::new(1).plain()),
         plain_row("spawn-limit", SpawnLimitLayer::new(SpawnLimit::new(0)).plain()),
         plain_row("spawn-limit of requests", RequestLimitLayer::new(1).plain()),
+        plain_row("shutdown", Shutdown::new(Duration::ZERO).without_signals().layer().plain()),
         plain_row("task-set", TaskSetLayer::new(&tasks).plain()),
     ]
 }
