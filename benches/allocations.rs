@@ -2,13 +2,15 @@
 #![expect(clippy::cast_precision_loss, reason = "no figure is that large")]
 
 use std::{
-    future::pending,
-    pin::Pin,
-    task::{Context, Poll},
+    convert::Infallible,
+    future::{pending, ready},
+    pin::{Pin, pin},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use allocation_counter::{AllocationInfo, measure};
+use http::{HeaderName, HeaderValue, Request, Response, header::CONTENT_TYPE};
 use scope_spawn::scope::Scope;
 use tokio::{
     runtime::{Builder, Runtime},
@@ -16,8 +18,11 @@ use tokio::{
     task::yield_now,
     time::sleep,
 };
-use tower_tasks::{TaskRegistry, task_set::StopToken};
+use tower::{Layer, Service, service_fn};
+use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
+use tower_tasks::{TaskRegistry, TraceIdLayer, task_set::StopToken, trace_id::Trust};
 use tower_tasks_benches::{Budgets, args, grouped, table};
+use tracing::Level;
 
 use crate::ways::{ByHand, Job, Task, Tracker, Way, head, request, wait_once, with_way};
 
@@ -42,6 +47,7 @@ fn main() {
     let quick = args().iter().any(|arg| arg == "--quick");
     let mut budgets = Budgets::default();
     per_request(&mut budgets);
+    trace_ids(&mut budgets);
     bytes_in_the_future(&mut budgets);
     live(if quick { 100_000 } else { 1_000_000 });
     under_a_limit(if quick { 100_000 } else { 1_000_000 }, &mut budgets);
@@ -132,6 +138,66 @@ fn per_request(budgets: &mut Budgets) {
         &heads,
         &rows,
     );
+}
+
+/// Of a request that spawns nothing, without a subscriber. The handler's answer has a header, as
+/// nearly all have.
+fn trace_ids(budgets: &mut Budgets) {
+    const PARENT: HeaderValue =
+        HeaderValue::from_static("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+    const STATE: HeaderValue = HeaderValue::from_static("a=1");
+    let handler = service_fn(|_: Request<()>| {
+        let mut response = Response::new(());
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        ready(Ok::<_, Infallible>(response))
+    });
+    let pair =
+        (SetRequestIdLayer::x_request_id(MakeRequestUuid), PropagateRequestIdLayer::x_request_id());
+    let ours = || TraceIdLayer::new().trust(Trust::Continue).layer(handler);
+    let parent = &[(TRACEPARENT, PARENT)][..];
+    let with_state = &[(TRACEPARENT, PARENT), (TRACESTATE, STATE)][..];
+    let bare = serve_once(handler, &[]);
+    let rows = [
+        ("tower-http's request-id pair", serve_once(pair.layer(handler), &[])),
+        (
+            "tower-otel",
+            serve_once(tower_otel::trace::HttpLayer::server(Level::INFO).layer(handler), parent),
+        ),
+        ("ours, a new trace", serve_once(ours(), &[])),
+        ("ours, `traceparent`", serve_once(ours(), parent)),
+        ("ours, `tracestate` too", serve_once(ours(), with_state)),
+    ];
+    // The value of `x-request-id` in the response.
+    let header = measure(|| drop(HeaderValue::from_bytes(&[b'a'; 32]))).count_total;
+    for (way, count) in &rows[2..4] {
+        let what = format!("{way}: allocations besides the response's header");
+        budgets.most(&what, (count - bare - header) as f64, 1.0, 0);
+    }
+    let rows = rows.map(|(way, count)| vec![way.to_owned(), grouped((count - bare) as f64)]);
+    let heads = ["Trace ids", "allocations"].map(str::to_owned);
+    table("Allocations per request over the bare service, without a subscriber", &heads, &rows);
+}
+
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+
+/// Allocations of the second of two requests.
+fn serve_once<S: Service<Request<()>>>(
+    mut service: S,
+    fields: &[(HeaderName, HeaderValue)],
+) -> u64 {
+    let mut count = 0;
+    for _ in 0..2 {
+        let mut request = Request::new(());
+        request.headers_mut().extend(fields.iter().cloned());
+        let info = measure(|| {
+            let mut response = pin!(service.call(request));
+            let mut cx = Context::from_waker(Waker::noop());
+            assert!(response.as_mut().poll(&mut cx).is_ready());
+        });
+        count = info.count_total;
+    }
+    count
 }
 
 /// `2`, but `2.46`.

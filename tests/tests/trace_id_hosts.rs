@@ -12,6 +12,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use axum::routing::get;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body_util::Empty;
@@ -30,8 +31,8 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{metadata::MetadataMap, server::NamedService, transport::Channel};
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_tasks::{
-    PropagateLayer, RequestContext, TaskRegistry, TaskSet, TaskSetLayer, TraceContext,
-    TraceIdLayer,
+    CatchUnwindLayer, PropagateLayer, RequestContext, SpawnLimit, TaskRegistry, TaskSet,
+    TaskSetLayer, TraceContext, TraceIdLayer,
     request_context::{RequestId, TraceId},
     trace_id::{Propagate, TraceParent, Trust, inject},
 };
@@ -497,6 +498,36 @@ async fn over_http2_no_control_byte_reaches_a_handler() {
             client.write(head(name, format!("evil{end}x-evil: evil").as_bytes())).await;
             live.assert_refused(name).await;
         }
+    }
+}
+
+/// What a layer answers by itself leads to the log as well.
+#[tokio::test]
+async fn refusals_and_panics_tell_their_ids() {
+    let tasks = TaskRegistry::new().limit(SpawnLimit::new(0));
+    let router = axum::Router::new()
+        .route("/full", get(async |tasks: TaskSet| tasks.spawn("task", async {}).map(drop)))
+        .route("/panic", get(async || -> () { panic!("a handler") }))
+        .layer((
+            TraceIdLayer::new().trust(Trust::Continue),
+            CatchUnwindLayer::new(),
+            TaskSetLayer::new(&tasks),
+        ));
+    let server = Server::host(async |listener| axum::serve(listener, router).await.unwrap()).await;
+    for (path, status) in [("/full", "503"), ("/panic", "500")] {
+        let mut client = server.raw().await;
+        let head = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n");
+        let ids = format!("traceparent: {VALID}\r\nx-request-id: order-7\r\n\r\n");
+        client.write(head + &ids).await;
+        let answer = client.rest().await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+        assert!(answer.contains("x-request-id: order-7\r\n"), "{answer}");
+        let (_, problem) = answer.split_once("\r\n\r\n").unwrap();
+        let problem: serde_json::Value = serde_json::from_str(problem).unwrap();
+        assert_eq!(
+            (&problem["trace_id"], &problem["request_id"]),
+            (&TRACE.into(), &"order-7".into())
+        );
     }
 }
 
