@@ -41,7 +41,11 @@ impl SpawnLimit {
     /// Choose it by memory: a waiting task costs its future and some 300 bytes, and whatever it
     /// holds.
     pub fn new(limit: usize) -> Self {
-        Self { count: Arc::new(Count::new(limit)), per_request: usize::MAX, queue: usize::MAX }
+        Self {
+            count: Arc::new(Count::new(limit, None)),
+            per_request: usize::MAX,
+            queue: usize::MAX,
+        }
     }
 
     /// At most `limit` tasks at once for each request; 0 refuses all.
@@ -84,12 +88,13 @@ impl SpawnLimit {
         of_word(self.count.word().in_use())
     }
 
-    /// How many wait for one.
+    /// How many wait for one. Who waits for other tasks of its own request is not among them.
     pub fn waiting(&self) -> usize {
         self.count.line().waiting.len()
     }
 
-    /// How often somebody was refused because this limit was full, at once or after a wait.
+    /// How often somebody was refused because this limit was full, or a request's share of it, at
+    /// once or after a wait.
     pub fn refused(&self) -> u64 {
         self.count.refused.load(Ordering::Relaxed)
     }
@@ -153,7 +158,15 @@ impl SpawnLimit {
 
     /// Counts somebody as [refused](Self::refused).
     pub fn refuse(&self) {
-        self.count.refused.fetch_add(1, Ordering::Relaxed);
+        let whole = self.count.whole.as_ref().unwrap_or(&self.count);
+        whole.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A limit of its own for what one request may have: see [`per_request`](Self::per_request).
+    /// Whom it refuses is counted as refused by this one.
+    pub fn share(&self) -> Self {
+        let count = Count::new(self.per_request, Some(self.count.clone()));
+        Self { count: Arc::new(count), per_request: usize::MAX, queue: self.queue }
     }
 
     pub(crate) fn take(&self) -> Option<Permit> {
@@ -350,6 +363,8 @@ struct Count {
     word: AtomicU64,
     refused: AtomicU64,
     line: Mutex<Line>,
+    /// What this is a request's share of.
+    whole: Option<Arc<Count>>,
 }
 
 #[derive(Default)]
@@ -422,9 +437,9 @@ fn of_word(count: u64) -> usize {
 }
 
 impl Count {
-    fn new(limit: usize) -> Self {
+    fn new(limit: usize, whole: Option<Arc<Self>>) -> Self {
         let word = AtomicU64::new(Word::new(limit).0);
-        Self { word, refused: AtomicU64::new(0), line: Mutex::new(Line::default()) }
+        Self { word, refused: AtomicU64::new(0), line: Mutex::new(Line::default()), whole }
     }
 
     fn word(&self) -> Word {

@@ -1,4 +1,9 @@
-use std::{cell::Cell, fmt, mem::ManuallyDrop, sync::Arc};
+use std::{
+    cell::Cell,
+    fmt,
+    mem::{self, ManuallyDrop},
+    sync::Arc,
+};
 
 use tokio::sync::{Notify, futures::OwnedNotified};
 use tower_response_end::{End, Watch};
@@ -21,17 +26,34 @@ loom::thread_local! {
 /// dropped with the thread: a thread-local without a destructor needs no look at its state.
 struct Here {
     place: Cell<ManuallyDrop<Place>>,
+    /// Whether there are limits in it: for those who only look.
+    is_limited: Cell<bool>,
     level: Cell<Level>,
 }
 
 impl Here {
     const fn new() -> Self {
-        Self { place: Cell::new(ManuallyDrop::new(Place::NOWHERE)), level: Cell::new(Level::Free) }
+        Self {
+            place: Cell::new(ManuallyDrop::new(Place::NOWHERE)),
+            is_limited: Cell::new(false),
+            level: Cell::new(Level::Free),
+        }
     }
 
     #[inline]
     fn replace(&self, place: Place) -> Place {
+        self.is_limited.set(place.layer.is_some() || !place.limits.is_empty());
         ManuallyDrop::into_inner(self.place.replace(ManuallyDrop::new(place)))
+    }
+
+    /// Exchanges the limits, which are made if they are yet to be.
+    fn exchange(&self, change: impl FnOnce(&mut Limits)) {
+        let Place { mut limits, layer } = self.replace(Place::NOWHERE);
+        if let Some(limit) = layer {
+            limits = limits.with(&limit);
+        }
+        change(&mut limits);
+        self.replace(Place { limits, layer: None });
     }
 }
 
@@ -121,15 +143,9 @@ struct Scope {
 impl Limits {
     /// Those of this place.
     pub fn current() -> Self {
-        HERE.with(|here| {
-            let Place { mut limits, layer } = here.replace(Place::NOWHERE);
-            if let Some(limit) = layer {
-                limits = limits.with(limit);
-            }
-            let current = limits.clone();
-            here.replace(Place { limits, layer: None });
-            current
-        })
+        let mut current = Self(None);
+        HERE.with(|here| here.exchange(|limits| current = limits.clone()));
+        current
     }
 
     /// Whether there is none.
@@ -138,15 +154,19 @@ impl Limits {
         self.0.is_none()
     }
 
-    /// Whether there is none here. Cheaper than to ask for the current ones.
+    /// Makes these the current ones again.
+    pub fn leave(mut self) {
+        self.swap();
+    }
+
+    fn swap(&mut self) {
+        HERE.with(|here| here.exchange(|limits| mem::swap(limits, self)));
+    }
+
+    /// Whether there are any in this place. Cheaper than to ask for the current ones.
     #[inline]
-    pub fn are_empty_here() -> bool {
-        HERE.with(|here| {
-            let place = here.replace(Place::NOWHERE);
-            let is_empty = place.limits.is_empty() && place.layer.is_none();
-            here.replace(place);
-            is_empty
-        })
+    pub fn are_here() -> bool {
+        HERE.with(|here| here.is_limited.get())
     }
 
     /// Whether both are those of the same place.
@@ -162,38 +182,27 @@ impl Limits {
         self.each().any(|other| other.ptr_eq(limit))
     }
 
-    /// Runs `f` with these as the current ones.
-    pub fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
-        struct Leave<'a>(&'a mut Limits, Place);
-        impl Drop for Leave<'_> {
-            fn drop(&mut self) {
-                let outside = std::mem::take(&mut self.1);
-                *self.0 = HERE.with(|here| here.replace(outside)).limits;
-            }
-        }
-        let inside = Place { limits: std::mem::take(self), layer: None };
-        let outside = HERE.with(|here| here.replace(inside));
-        let _leave = Leave(self, outside);
-        f()
-    }
-
-    /// Takes a permit of each, or none and says which is full. What is in hand counts; if it is
-    /// for nothing here, it is given back.
+    /// Takes a permit of each but this one, which the caller sees to; or none and says which is
+    /// full. What is in hand counts; if it is for nothing here, it is given back.
     ///
     /// # Errors
     ///
     /// The one that is full. Nothing is counted as refused.
-    pub fn try_take(&self, in_hand: Option<Permit>) -> Result<Permits, SpawnLimit> {
-        let mut in_hand = in_hand;
-        for (taken, limit) in self.each().enumerate() {
+    pub fn try_take(
+        &self,
+        in_hand: &mut Option<Permit>,
+        but: Option<&SpawnLimit>,
+    ) -> Result<Permits, SpawnLimit> {
+        let mut taken = Permits { limits: self.clone(), but: but.cloned(), count: 0 };
+        for limit in self.each_but(but) {
             if let Some(permit) = in_hand.take_if(|permit| permit.is_of(limit)) {
                 permit.forget();
             } else if !limit.try_take() {
-                self.each().take(taken).for_each(SpawnLimit::release);
                 return Err(limit.clone());
             }
+            taken.count += 1;
         }
-        Ok(Permits(self.clone()))
+        Ok(taken)
     }
 
     /// Until the request whose limits these are is over, if they are one's. Listens from now on.
@@ -206,10 +215,9 @@ impl Limits {
         self.0.as_ref().is_some_and(|scope| scope.ended.load(Ordering::Acquire))
     }
 
-    fn with(self, limit: SpawnLimit) -> Self {
-        let share = limit.limit_per_request();
-        let share = (share < SpawnLimit::MAX).then(|| SpawnLimit::new(share));
-        let limit = (!self.contains(&limit)).then_some(limit);
+    fn with(self, limit: &SpawnLimit) -> Self {
+        let share = (limit.limit_per_request() < SpawnLimit::MAX).then(|| limit.share());
+        let limit = (!self.contains(limit)).then(|| limit.clone());
         Self(Some(Arc::new(Scope {
             share,
             limit,
@@ -217,6 +225,10 @@ impl Limits {
             ended: AtomicBool::new(false),
             end: Arc::default(),
         })))
+    }
+
+    fn each_but(&self, but: Option<&SpawnLimit>) -> impl Iterator<Item = &SpawnLimit> {
+        self.each().filter(move |limit| but.is_none_or(|but| !but.ptr_eq(limit)))
     }
 
     /// From the inside out: what many share is taken last.
@@ -245,30 +257,45 @@ impl fmt::Debug for Limits {
 /// A permit of each of some [`Limits`], which come back when this is dropped.
 #[derive(Debug, Default)]
 #[must_use = "the permits come back when it is dropped"]
-pub struct Permits(Limits);
-
-impl Permits {
-    /// Whose they are.
-    pub(crate) const fn limits(&mut self) -> &mut Limits {
-        &mut self.0
-    }
-
-    /// Keeps them taken until they are [released](Limits::release).
-    pub fn forget(mut self) {
-        self.0 = Limits(None);
-    }
+pub struct Permits {
+    limits: Limits,
+    /// Not of this one.
+    but: Option<SpawnLimit>,
+    /// So many of them, from the inside.
+    count: usize,
 }
 
-impl Limits {
-    /// Gives back what was [forgotten](Permits::forget).
-    pub fn release(&self) {
-        self.each().for_each(SpawnLimit::release);
+impl Permits {
+    /// Whether there is none.
+    pub const fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Makes the limits current whose permits these are, and returns those that were. Whoever calls
+    /// it [leaves](Limits::leave) them again.
+    #[must_use = "those are to be the current ones again"]
+    pub fn raise(&self) -> Limits {
+        let mut limits = self.limits.clone();
+        limits.swap();
+        limits
+    }
+
+    /// Runs `f` where the limits are current whose permits these are.
+    pub fn enter<R>(&self, f: impl FnOnce() -> R) -> R {
+        struct Leave(Limits);
+        impl Drop for Leave {
+            fn drop(&mut self) {
+                self.0.swap();
+            }
+        }
+        let _leave = Leave(self.raise());
+        f()
     }
 }
 
 impl Drop for Permits {
     fn drop(&mut self) {
-        self.0.release();
+        self.limits.each_but(self.but.as_ref()).take(self.count).for_each(SpawnLimit::release);
     }
 }
 
@@ -279,13 +306,13 @@ pub struct LimitScope(Place);
 impl LimitScope {
     #[inline]
     pub(crate) fn new(limit: &SpawnLimit) -> Self {
-        let limits = if Limits::are_empty_here() { Limits(None) } else { Limits::current() };
+        let limits = if Limits::are_here() { Limits::current() } else { Limits(None) };
         Self(Place { limits, layer: Some(limit.clone()) })
     }
 
     #[inline]
     fn swap(&mut self) {
-        HERE.with(|here| self.0 = here.replace(std::mem::take(&mut self.0)));
+        HERE.with(|here| self.0 = here.replace(mem::take(&mut self.0)));
     }
 }
 

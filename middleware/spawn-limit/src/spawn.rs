@@ -103,20 +103,22 @@ where
 pub async fn within<T, C: Future<Output = ()>>(
     wait: Duration,
     mut changed: impl FnMut() -> C,
-    mut attempt: impl FnMut(Option<Permit>) -> Result<T, SpawnLimit>,
+    mut attempt: impl FnMut(&mut Option<Permit>) -> Result<T, SpawnLimit>,
 ) -> Option<T> {
-    if let Ok(done) = attempt(None) {
+    let mut in_hand = None;
+    if let Ok(done) = attempt(&mut in_hand) {
         return Some(done);
     }
     let since = Instant::now();
     let until = since.checked_add(wait);
-    let mut in_hand = None;
     loop {
         let mut changed = pin!(changed());
-        let full = match attempt(in_hand.take()) {
+        let full = match attempt(&mut in_hand) {
             Ok(done) => return Some(done),
             Err(full) => full,
         };
+        // What was for nothing.
+        drop(in_hand.take());
         let mut acquire = pin!(Acquire::since(full, Level::Task, since, until));
         let permit = poll_fn(|cx| match acquire.as_mut().poll(cx) {
             Poll::Ready(permit) => Poll::Ready(Some(permit)),
@@ -151,7 +153,7 @@ impl Plan {
 
     fn admit(self) -> Result<(Handle, Home), SpawnError> {
         let runtime = Handle::try_current().map_err(|_| SpawnError::NoRuntime)?;
-        let permits = self.limits.try_take(None).map_err(|full| {
+        let permits = self.limits.try_take(&mut None, None).map_err(|full| {
             full.refuse();
             SpawnError::Full
         })?;
@@ -162,7 +164,7 @@ impl Plan {
         let runtime = Handle::try_current().map_err(|_| SpawnError::NoRuntime)?;
         // It may be polled elsewhere than where it was called.
         let wait = if self.level == Level::Task { Duration::ZERO } else { wait };
-        let attempt = |in_hand| match self.limits.try_take(in_hand) {
+        let attempt = |in_hand: &mut _| match self.limits.try_take(in_hand, None) {
             Ok(permits) => Ok(Ok(permits)),
             Err(_) if self.limits.has_ended() => Ok(Err(SpawnError::Closed)),
             Err(full) => Err(full),
@@ -198,7 +200,7 @@ struct Home {
 impl Home {
     fn enter<R>(&mut self, f: impl FnOnce() -> R) -> R {
         let Self { scope, span, level, permits } = self;
-        level.enter(|| permits.limits().enter(|| scope.enter(|| span.in_scope(f))))
+        level.enter(|| permits.enter(|| scope.enter(|| span.in_scope(f))))
     }
 }
 

@@ -1,5 +1,6 @@
 use tower_catch_unwind::catch;
 use tower_request_context::{RequestContext, Scope, Task, TraceId};
+use tower_spawn_limit::{Level, Limits, Permit, Permits, SpawnLimit};
 use tracing::Span;
 
 use super::{Set, members::Inner};
@@ -10,6 +11,8 @@ use crate::{AtEnd, lifetime::Policy, place, task_set::Plan};
 pub(crate) struct Home {
     scope: Scope,
     span: Option<Span>,
+    /// Of the limits over the place where it was spawned; which are over what it spawns, too.
+    pub(super) permits: Permits,
     /// Known without asking the scope: that may be current elsewhere.
     pub(super) trace_id: Option<TraceId>,
 }
@@ -32,6 +35,7 @@ impl Home {
 /// What a task that runs has left: what was current before, and what belongs to its home.
 pub(crate) struct Away {
     scope: Scope,
+    limits: Option<Limits>,
     home: Option<Box<Home>>,
 }
 
@@ -40,6 +44,10 @@ impl Away {
         self.scope.swap();
         if let Some(home) = &self.home {
             home.enter_span();
+            if !home.permits.is_empty() {
+                Level::Task.raise();
+                self.limits = Some(home.permits.raise());
+            }
         }
     }
 }
@@ -81,7 +89,7 @@ impl Set {
             (_, Some(context)) => (Scope::of_task(context, task), None),
         };
         let trace_id = self.call("value", || scope.trace_id()).flatten();
-        Some(Box::new(Home { scope, span, trace_id }))
+        Some(Box::new(Home { scope, span, permits: Permits::default(), trace_id }))
     }
 
     /// Whether a task with these choices is to outlive its request.
@@ -95,6 +103,29 @@ impl Set {
         !self.context.is_empty()
     }
 
+    /// Takes the permits of the limits over this place, or over where the set was made if it has
+    /// none. Of the one that is the registry's the set takes care.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn take_permits(
+        &self,
+        in_hand: &mut Option<Permit>,
+        home: &mut Option<Box<Home>>,
+    ) -> Result<(), SpawnLimit> {
+        let here = Limits::current();
+        let limits = if here.is_empty() { &self.limits } else { &here };
+        let permits = limits.try_take(in_hand, self.config.limit.as_ref())?;
+        if permits.is_empty() {
+            return Ok(());
+        }
+        let home = home.get_or_insert_with(|| {
+            let scope = Scope::of_current_task(self.context.clone(), current_task);
+            Box::new(Home { scope, ..Home::default() })
+        });
+        home.permits = permits;
+        Ok(())
+    }
+
     /// The task's code is about to run: in its own place, or in the context of the set. From there
     /// it inherits when something asks, which nearly always nothing does.
     #[inline(never)]
@@ -103,12 +134,12 @@ impl Set {
             let home = self.lock().extras.get_mut(&slot).and_then(|extra| extra.home.take());
             if let Some(mut home) = home {
                 let scope = std::mem::take(&mut home.scope);
-                away.insert(Away { scope, home: Some(home) }).enter();
+                away.insert(Away { scope, limits: None, home: Some(home) }).enter();
                 return;
             }
         }
         let scope = Scope::of_current_task(self.context.clone(), current_task);
-        away.insert(Away { scope, home: None }).scope.swap();
+        away.insert(Away { scope, limits: None, home: None }).scope.swap();
     }
 
     /// The task's code has run. What is its own is kept for its next poll. Whether the set now
@@ -120,7 +151,10 @@ impl Set {
             home.leave_span();
         }
         away.scope.swap();
-        let Away { scope, home } = away;
+        let Away { scope, limits, home } = away;
+        if let Some(limits) = limits {
+            limits.leave();
+        }
         if home.is_none() && (scope.is_pending() || !self.context.inherits()) {
             // Nobody asked. The set has this context too, so nothing of others is dropped.
             return false;
@@ -135,11 +169,14 @@ impl Set {
     /// another is, for there is no place to keep it.
     #[inline(never)]
     pub(crate) fn enter_drop(&self, slot: u32, has_extra: bool) -> bool {
-        if !place::is_nowhere() || !Scope::is_nowhere() {
+        if !place::is_nowhere() || !Scope::is_nowhere() || Limits::are_here() {
             return false;
         }
         let mut away = None;
+        // A destructor does not wait.
+        let level = Level::current();
         self.enter_home(slot, has_extra, &mut away);
+        Level::leave(level);
         if let Some(Away { home: Some(home), .. }) = away {
             self.lock().extras.entry(slot).or_default().home = Some(home);
         }
@@ -155,6 +192,7 @@ impl Set {
         }
         if let Some(home) = &home {
             home.leave_span();
+            Limits::default().leave();
         }
         let mut scope = Scope::default();
         scope.swap();
