@@ -89,6 +89,15 @@
 //! [holds](TaskSet::hold) it. The body ends when it is next polled, which hyper does not do while the
 //! client does not read: then the socket stays open until the client closes it.
 //!
+//! # Limits
+//!
+//! A task takes a permit of the registry's [limit](TaskRegistry::limit), and of each
+//! [`SpawnLimitLayer`](tower_spawn_limit::SpawnLimitLayer) over the place where it is spawned, or
+//! else over the place where its set was made. Where one is full, [`TaskSet::spawn`] refuses and
+//! [`TaskSet::spawn_within`] waits; what waits for what is told in
+//! [`tower_spawn_limit`](tower_spawn_limit#no-deadlock). The permits come back before the task is
+//! counted as ended.
+//!
 //! # Where the set is current
 //!
 //! [`TaskSet::current`] works where

@@ -18,7 +18,7 @@ use crate::{
     lifetime::Policy,
     reaper::Runtime,
     set::{Refusal, Set, Ticket},
-    sync::{Mutex, Notify, lock},
+    sync::{Mutex, Notify, OwnedNotified, lock},
     task::Cause,
     task_set::{NewTask, Plan},
 };
@@ -136,8 +136,32 @@ impl TaskRegistry {
     {
         match self.admit(&Plan::new(name, Location::caller())) {
             Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
-            Err(reason) => Err(Refused { reason, future }),
+            Err(refusal) => Err(Refused { reason: refusal.reason(), future }),
         }
+    }
+
+    /// Spawns a task that belongs to no request; if a limit is full, it waits for a permit at most
+    /// so long: see [`TaskSet::spawn_within`](crate::TaskSet::spawn_within).
+    ///
+    /// # Errors
+    ///
+    /// As [`spawn`](Self::spawn).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it drops the future, of which nothing has run, and gives up the place in the line.
+    #[track_caller]
+    pub fn spawn_within<F>(
+        &self,
+        wait: Duration,
+        name: &'static str,
+        future: F,
+    ) -> impl Future<Output = Result<TaskHandle<F::Output>, Refused<F>>> + Send
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.task(name).spawn_within(wait, future)
     }
 
     /// Spawns a task that belongs to no request and is not just dropped when it is told to end:
@@ -306,17 +330,17 @@ impl TaskRegistry {
         &self.0
     }
 
-    pub(crate) fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
+    pub(crate) fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal> {
         loop {
             let Some(set) = self.owner().own_set(&self.0) else {
                 self.owner().refuse(plan.name);
-                return Err(SpawnError::Closed);
+                return Err(Refusal::Because(SpawnError::Closed));
             };
             // A set whose last task has just ended is replaced by another.
             match set.admit(plan) {
                 Ok(ticket) => return Ok((set, ticket)),
                 Err(Refusal::Gone) => {}
-                Err(Refusal::Because(reason)) => return Err(reason),
+                Err(refusal) => return Err(refusal),
             }
         }
     }
@@ -324,6 +348,10 @@ impl TaskRegistry {
     /// Counts an attempt that was refused before it came to a set.
     pub(crate) fn count_refused(&self, plan: &Plan) {
         self.owner().refuse(plan.name);
+    }
+
+    pub(crate) fn changed(&self) -> OwnedNotified {
+        self.owner().changed()
     }
 
     fn owner(&self) -> &Arc<Owner> {
@@ -545,6 +573,9 @@ impl Owner {
             }
         }
         self.closed.notify_waiters();
+        for set in self.sets() {
+            set.tell_closed();
+        }
     }
 
     fn begin_drain(&self) {
@@ -553,6 +584,12 @@ impl Owner {
             sets.draining = true;
             sets.listed.iter().flatten().for_each(|set| set.close_own());
         }
+        self.closed.notify_waiters();
+    }
+
+    /// Until it is closed, or about to be. Listens from now on.
+    pub(crate) fn changed(&self) -> OwnedNotified {
+        self.closed.clone().notified_owned()
     }
 
     /// The sets that are not over.

@@ -17,7 +17,7 @@ use tokio::{runtime::Handle, time::Instant};
 use tower_catch_unwind::{Panic, catch};
 use tower_request_context::{RequestContext, TraceId};
 use tower_response_end::End;
-use tower_spawn_limit::SpawnError;
+use tower_spawn_limit::{Level, Limits, SpawnError, SpawnLimit};
 use tracing::field;
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
     reaper::{Key, Runtime, Who},
     registry::{self, Config, Owner},
     stop::Stop,
-    sync::{AtomicBool, Mutex, MutexGuard, Ordering, lock},
+    sync::{AtomicBool, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, lock},
     task::{Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
     task_set::Plan,
 };
@@ -51,6 +51,10 @@ pub(crate) struct Set {
     pub(crate) place: registry::Place,
     /// Of the registry: it belongs to no request, and is over when it is empty.
     own: bool,
+    /// The limits over the place where it was made.
+    limits: Limits,
+    /// What its tasks hold, and so may not wait for.
+    level: Level,
     /// Some task has been told something: look under the lock.
     orders: AtomicBool,
     inner: Mutex<Inner>,
@@ -83,6 +87,14 @@ impl Set {
         closed: bool,
         own: bool,
     ) -> Arc<Self> {
+        // A set of the registry has tasks from many places.
+        let limits = if own { Limits::default() } else { Limits::current() };
+        let level = match &config.limit {
+            Some(_) => Level::Task,
+            None if own => Level::Free,
+            // Of a service that is called in process: who has called it waits for its tasks.
+            None => Level::current(),
+        };
         Arc::new(Self {
             config,
             context,
@@ -91,6 +103,8 @@ impl Set {
             late_runtime: OnceLock::new(),
             place,
             own,
+            limits,
+            level,
             orders: AtomicBool::new(false),
             inner: Mutex::new(Inner::new(closed, own)),
         })
@@ -115,6 +129,12 @@ impl Set {
 
     pub(crate) fn is_gone(&self) -> bool {
         self.lock().stage != Stage::Counting
+    }
+
+    /// What its tasks hold.
+    #[inline]
+    pub(crate) const fn level(&self) -> Level {
+        self.level
     }
 
     #[inline]
@@ -192,12 +212,16 @@ impl Set {
         plan: &Plan,
         runtime: Option<&Arc<Runtime>>,
     ) -> Result<Ticket, Refusal> {
-        let home = self.new_home(plan);
+        let mut home = self.new_home(plan);
+        let mut full = None;
+        if Limits::are_here() || !self.limits.is_empty() {
+            full = self.take_permits(plan, &mut home).err();
+        }
         let mut inner = self.lock();
-        let lifetime = match self.may_enter(&inner, plan) {
+        let lifetime = match self.may_enter(&inner, plan, full) {
             Ok(lifetime) => lifetime,
-            Err(reason) => {
-                let refusal = self.refuse(inner, plan, reason);
+            Err(denial) => {
+                let refusal = self.deny(inner, plan, denial);
                 drop(home);
                 return Err(refusal);
             }
@@ -251,24 +275,74 @@ impl Set {
         self: &Arc<Self>,
         inner: &Inner,
         plan: &Plan,
-    ) -> Result<Option<Box<Lifetime>>, SpawnError> {
+        full: Option<SpawnLimit>,
+    ) -> Result<Option<Box<Lifetime>>, Denial> {
         if inner.closed || inner.cancelled || inner.stage != Stage::Counting {
-            return Err(SpawnError::Closed);
+            return Err(Denial::Because(SpawnError::Closed));
         }
         let lifetime = match inner.end {
             None => None,
-            Some(end) => self.may_enter_late(inner, plan, end)?,
+            Some(end) => self.may_enter_late(inner, plan, end).map_err(Denial::Because)?,
         };
+        if let Some(full) = full {
+            return Err(Denial::Full(full));
+        }
         if let Some(limit) = &self.config.limit {
-            if !self.own && inner.live as usize >= limit.limit_per_request() {
-                return Err(SpawnError::Full);
+            match &inner.share {
+                None if self.own || (inner.live as usize) < limit.limit_per_request() => {}
+                None => return Err(Denial::Share),
+                Some(share) if plan.take(share) => {}
+                Some(share) => return Err(Denial::Full(share.clone())),
             }
-            if !limit.try_take() {
-                limit.refuse();
-                return Err(SpawnError::Full);
+            // As the last: of what is taken before, nothing may be given back under the lock.
+            if !plan.take(limit) {
+                return Err(Denial::Full(limit.clone()));
             }
         }
         Ok(lifetime)
+    }
+
+    /// Counts the refusal, unless whoever asks waits for the limit that is full.
+    #[cold]
+    #[inline(never)]
+    fn deny(
+        self: &Arc<Self>,
+        mut inner: MutexGuard<'_, Inner>,
+        plan: &Plan,
+        denial: Denial,
+    ) -> Refusal {
+        let full = match (denial, &self.config.limit) {
+            (Denial::Full(full), _) => full,
+            (Denial::Share, Some(limit)) if plan.waits() => {
+                let live = inner.live;
+                // From now on this counts what the set has.
+                let share = inner.share.get_or_insert_with(|| {
+                    let share = limit.share();
+                    for _ in 0..live {
+                        share.try_take();
+                    }
+                    share
+                });
+                share.clone()
+            }
+            (Denial::Share, Some(limit)) => limit.clone(),
+            (Denial::Share, None) => return self.refuse(inner, plan, SpawnError::Full),
+            (Denial::Because(reason), _) => return self.refuse(inner, plan, reason),
+        };
+        let is_own = self.config.limit.as_ref().is_some_and(|limit| limit.ptr_eq(&full));
+        let taken = inner.share.clone().filter(|_| is_own);
+        let refusal = if plan.waits() {
+            drop(inner);
+            Refusal::Full(full)
+        } else {
+            full.refuse();
+            self.refuse(inner, plan, SpawnError::Full)
+        };
+        // It wakes others.
+        if let Some(share) = taken {
+            share.release();
+        }
+        refusal
     }
 
     /// After the response: a task that may still run may still spawn.
@@ -451,10 +525,14 @@ impl Set {
             self.forget(inner.extras.remove(&slot).and_then(|extra| extra.grace_key));
         }
         inner.live -= 1;
+        let share = inner.share.clone();
         if inner.live == 0 {
             self.leave_last(inner);
         } else {
             drop(inner);
+        }
+        if let Some(share) = share {
+            share.release();
         }
         drop(waker);
     }
@@ -538,9 +616,11 @@ impl Set {
     }
 
     fn end_tasks(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, end: End) {
+        let changed = inner.changed.take();
         if inner.live == 0 || inner.cancelled {
             let over = inner.is_over(self.own);
             drop(inner);
+            notify(changed);
             return self.settle(over, false);
         }
         let chosen = self.policy(&inner).get(end).unwrap_or_default();
@@ -578,6 +658,7 @@ impl Set {
             runtime.expect();
         }
         self.spread(news);
+        notify(changed);
     }
 
     /// The response has to be over by then, or by an earlier time that was said before.
@@ -751,8 +832,10 @@ impl Set {
         }
         // Here, so that whoever finds it cancelled under the lock sees it.
         self.orders.store(true, Ordering::Relaxed);
+        let changed = inner.changed.take();
         drop(inner);
         self.spread(news);
+        notify(changed);
         self.settle(over, false);
     }
 
@@ -855,6 +938,20 @@ impl Set {
             }
             wakers.into_iter().for_each(Waker::wake);
         }
+    }
+
+    /// Until it may take tasks no more that it takes now. Listens from now on.
+    pub(crate) fn changed(&self) -> OwnedNotified {
+        if self.own {
+            return self.owner().changed();
+        }
+        self.lock().changed.get_or_insert_default().clone().notified_owned()
+    }
+
+    /// After a [`close`](Self::close), for which there are locks.
+    pub(crate) fn tell_closed(&self) {
+        let changed = self.lock().changed.take();
+        notify(changed);
     }
 
     /// Accepts no task from now on.
@@ -1044,12 +1141,40 @@ impl News {
     }
 }
 
+fn notify(notify: Option<Arc<Notify>>) {
+    if let Some(notify) = notify {
+        notify.notify_waiters();
+    }
+}
+
+/// Why a task may not enter.
+enum Denial {
+    Because(SpawnError),
+    /// This one is full.
+    Full(SpawnLimit),
+    /// The request has all that it may have.
+    Share,
+}
+
 /// Why a set does not admit a task.
 #[derive(Debug)]
 pub(crate) enum Refusal {
     Because(SpawnError),
+    /// This one is full, for which the caller waits. Nothing has been counted.
+    Full(SpawnLimit),
     /// It is over, and has counted nothing: its registry has another by now.
     Gone,
+}
+
+impl Refusal {
+    /// For who does not wait, and does not look elsewhere.
+    pub(crate) const fn reason(&self) -> SpawnError {
+        match self {
+            Self::Because(reason) => *reason,
+            Self::Full(_) => SpawnError::Full,
+            Self::Gone => SpawnError::Closed,
+        }
+    }
 }
 
 /// A task that its set counts, and that is yet to be given to the runtime.

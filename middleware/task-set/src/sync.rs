@@ -6,10 +6,10 @@ pub(crate) use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 #[cfg(not(loom))]
-pub(crate) use tokio::sync::Notify;
+pub(crate) use tokio::sync::{Notify, futures::OwnedNotified};
 
 #[cfg(loom)]
-pub(crate) use self::model::Notify;
+pub(crate) use self::model::{Notify, OwnedNotified};
 #[cfg(loom)]
 pub(crate) use loom::sync::{
     Mutex, MutexGuard,
@@ -41,6 +41,8 @@ mod model {
         notify: N,
         generation: u64,
     }
+
+    pub(crate) type OwnedNotified = Notified<Arc<Notify>>;
 
     impl Notify {
         pub(crate) fn notified(&self) -> Notified<&Self> {

@@ -10,6 +10,7 @@ use std::{
 use pin_project_lite::pin_project;
 use tower_catch_unwind::{Panic, catch, destructor};
 use tower_response_end::End;
+use tower_spawn_limit::Level;
 
 use crate::{
     StopToken,
@@ -349,6 +350,7 @@ impl Member {
     #[inline]
     fn poll<R>(&mut self, poll: impl FnOnce() -> R) -> Result<R, Panic> {
         let mut away = None;
+        let level = self.set().level().raise();
         if self.is_away() {
             self.set().enter_home(self.slot, self.extra, &mut away);
         }
@@ -359,6 +361,7 @@ impl Member {
         if away.is_some() {
             self.extra |= self.set().leave_home(self.slot, &mut away);
         }
+        Level::leave(level);
         // It is `None` by now, which the compiler does not see.
         std::mem::forget(away);
         result

@@ -1,8 +1,13 @@
-use std::{fmt, panic::Location, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    panic::Location,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 use tower_response_end::{End, hold};
-use tower_spawn_limit::{Refused, SpawnError};
+use tower_spawn_limit::{Level, Permit, Refused, SpawnError, SpawnLimit, within};
 
 use crate::{
     AtEnd, Group, GroupHandle, Join, OnPanic, StopToken, TaskHandle, TaskRegistry,
@@ -10,6 +15,7 @@ use crate::{
     place,
     set::{Refusal, Set, Ticket},
     stop::Stop,
+    sync::OwnedNotified,
     task::{Blocking, Cause, Graceful},
 };
 
@@ -64,11 +70,44 @@ impl TaskSet {
         let (set, plan) = (&self.0, Plan::new(name, Location::caller()));
         match set.admit(&plan) {
             Ok(ticket) => Ok(set.spawn(&ticket, ticket.track(set, future))),
-            Err(refusal) => match admit_elsewhere(set, &plan, &refusal) {
+            Err(refusal) => match admit_elsewhere(set, &plan, refusal) {
                 Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
-                Err(reason) => Err(Refused { reason, future }),
+                Err(refusal) => Err(Refused { reason: refusal.reason(), future }),
             },
         }
+    }
+
+    /// As [`spawn`](Self::spawn), but if a limit is full it waits for a permit at most so long, in
+    /// the order in which others have asked.
+    ///
+    /// It gives up with [`Closed`](SpawnError::Closed) when its request ends. In a task that has a
+    /// permit itself nothing waits: it is refused at once, as with `spawn`, for tasks that wait for
+    /// each other's permits would wait for ever (see
+    /// [`Level`](tower_spawn_limit::Level)). So it is in a handler that is a task of its set. The
+    /// attempt is counted when it is decided.
+    ///
+    /// Choose the time by how long the caller can still use the result.
+    ///
+    /// # Errors
+    ///
+    /// As [`spawn`](Self::spawn).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it drops the future, of which nothing has run, and gives up the place in the line.
+    /// One that is neither polled nor dropped keeps its place, and the permit when it comes.
+    #[track_caller]
+    pub fn spawn_within<F>(
+        &self,
+        wait: Duration,
+        name: &'static str,
+        future: F,
+    ) -> impl Future<Output = Result<TaskHandle<F::Output>, Refused<F>>> + Send
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.task(name).spawn_within(wait, future)
     }
 
     /// Spawns a task that is not just dropped when it is told to end.
@@ -303,7 +342,7 @@ impl<'a, O> NewTask<'a, O> {
     }
 
     fn plan(self, site: &'static Location<'static>) -> Plan {
-        Plan { name: self.name, site, choice: self.choice }
+        Plan { name: self.name, site, choice: self.choice, in_hand: None }
     }
 
     fn plan_with_stop(
@@ -336,6 +375,37 @@ impl<O: TaskOwner> NewTask<'_, O> {
         match owner.admit(&plan) {
             Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
             Err(reason) => Err(Refused { reason, future }),
+        }
+    }
+
+    /// Spawns it; if a limit is full, it waits for a permit at most so long: see
+    /// [`TaskSet::spawn_within`].
+    ///
+    /// # Errors
+    ///
+    /// As [`TaskSet::spawn`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`TaskSet::spawn_within`].
+    #[track_caller]
+    pub fn spawn_within<F>(
+        self,
+        wait: Duration,
+        future: F,
+    ) -> impl Future<Output = Result<TaskHandle<F::Output>, Refused<F>>> + Send
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        let (owner, plan) = (self.owner, self.plan(Location::caller()));
+        // It may be polled elsewhere than where it was called.
+        let wait = if Level::current() == Level::Task { Duration::ZERO } else { wait };
+        async move {
+            match admit_within(owner, plan, wait).await {
+                Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
+                Err(reason) => Err(Refused { reason, future }),
+            }
         }
     }
 
@@ -467,7 +537,15 @@ impl<J> NewTask<'_, GroupHandle<J>> {
 
 /// Whose tasks they are: a set or a registry.
 pub(crate) trait TaskOwner: Send + Sync + 'static {
-    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError>;
+    /// A task whose plan [waits](Plan::waits) is not counted where a limit is full.
+    fn try_admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal>;
+
+    /// Until it may refuse what it does not refuse now. Listens from now on.
+    fn changed(&self) -> OwnedNotified;
+
+    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
+        self.try_admit(plan).map_err(|refusal| refusal.reason())
+    }
 
     /// Counts an attempt that a group refuses.
     fn count_refused(&self, plan: &Plan);
@@ -477,11 +555,15 @@ pub(crate) trait TaskOwner: Send + Sync + 'static {
 }
 
 impl TaskOwner for TaskSet {
-    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
+    fn try_admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal> {
         match self.0.admit(plan) {
             Ok(ticket) => Ok((self.0.clone(), ticket)),
-            Err(refusal) => admit_elsewhere(&self.0, plan, &refusal),
+            Err(refusal) => admit_elsewhere(&self.0, plan, refusal),
         }
+    }
+
+    fn changed(&self) -> OwnedNotified {
+        self.0.changed()
     }
 
     fn count_refused(&self, plan: &Plan) {
@@ -494,8 +576,12 @@ impl TaskOwner for TaskSet {
 }
 
 impl TaskOwner for TaskRegistry {
-    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
+    fn try_admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal> {
         self.admit(plan)
+    }
+
+    fn changed(&self) -> OwnedNotified {
+        self.changed()
     }
 
     fn count_refused(&self, plan: &Plan) {
@@ -505,6 +591,28 @@ impl TaskOwner for TaskRegistry {
     fn ended(&self) -> Option<Cause> {
         None
     }
+}
+
+async fn admit_within<O: TaskOwner>(
+    owner: &O,
+    mut plan: Plan,
+    wait: Duration,
+) -> Result<(Arc<Set>, Ticket), SpawnError> {
+    plan.in_hand = Some(Mutex::new(None));
+    let attempt = |permit: &mut Option<Permit>| {
+        plan.with_hand(|in_hand| *in_hand = permit.take());
+        let admitted = owner.try_admit(&plan);
+        plan.with_hand(|in_hand| *permit = in_hand.take());
+        match admitted {
+            Err(Refusal::Full(limit)) => Err(limit),
+            admitted => Ok(admitted.map_err(|refusal| refusal.reason())),
+        }
+    };
+    let admitted = within(wait, || owner.changed(), attempt).await;
+    admitted.unwrap_or_else(|| {
+        owner.count_refused(&plan);
+        Err(SpawnError::Full)
+    })
 }
 
 /// What was chosen for one task.
@@ -523,11 +631,43 @@ pub(crate) struct Plan {
     pub(crate) name: &'static str,
     pub(crate) site: &'static Location<'static>,
     choice: Option<Choice>,
+    /// Of who waits where a limit is full: the permit that has come, if one has.
+    // Nobody waits for the lock. A plan must be `Sync`, to be seen by a future that is `Send`.
+    in_hand: Option<Mutex<Option<Permit>>>,
 }
 
 impl Plan {
     pub(crate) const fn new(name: &'static str, site: &'static Location<'static>) -> Self {
-        Self { name, site, choice: None }
+        Self { name, site, choice: None, in_hand: None }
+    }
+
+    /// Whether it is to be told which limit is full, and not counted.
+    pub(crate) const fn waits(&self) -> bool {
+        self.in_hand.is_some()
+    }
+
+    /// Takes a permit, be it the one in hand. That of another limit stays there.
+    #[inline]
+    pub(crate) fn take(&self, limit: &SpawnLimit) -> bool {
+        if self.in_hand.is_some() { self.take_in_hand(limit) } else { limit.try_take() }
+    }
+
+    #[cold]
+    fn take_in_hand(&self, limit: &SpawnLimit) -> bool {
+        self.with_hand(|in_hand| match in_hand.take_if(|permit| permit.is_of(limit)) {
+            Some(permit) => {
+                permit.forget();
+                true
+            }
+            None => limit.try_take(),
+        })
+    }
+
+    pub(crate) fn with_hand<R>(&self, f: impl FnOnce(&mut Option<Permit>) -> R) -> R {
+        match &self.in_hand {
+            Some(in_hand) => f(&mut in_hand.lock().unwrap_or_else(PoisonError::into_inner)),
+            None => f(&mut None),
+        }
     }
 
     #[cfg(all(test, loom))]
@@ -573,13 +713,13 @@ impl Plan {
 fn admit_elsewhere(
     set: &Arc<Set>,
     plan: &Plan,
-    refusal: &Refusal,
-) -> Result<(Arc<Set>, Ticket), SpawnError> {
+    refusal: Refusal,
+) -> Result<(Arc<Set>, Ticket), Refusal> {
     match refusal {
-        Refusal::Because(reason) => Err(*reason),
         Refusal::Gone => match set.successor(plan) {
             Some(registry) => registry.admit(plan),
-            None => Err(SpawnError::Closed),
+            None => Err(Refusal::Because(SpawnError::Closed)),
         },
+        refusal => Err(refusal),
     }
 }

@@ -1,6 +1,6 @@
 use tower_catch_unwind::catch;
 use tower_request_context::{RequestContext, Scope, Task, TraceId};
-use tower_spawn_limit::{Level, Limits, Permit, Permits, SpawnLimit};
+use tower_spawn_limit::{Level, Limits, Permits, SpawnLimit};
 use tracing::Span;
 
 use super::{Set, members::Inner};
@@ -109,12 +109,13 @@ impl Set {
     #[inline(never)]
     pub(super) fn take_permits(
         &self,
-        in_hand: &mut Option<Permit>,
+        plan: &Plan,
         home: &mut Option<Box<Home>>,
     ) -> Result<(), SpawnLimit> {
         let here = Limits::current();
         let limits = if here.is_empty() { &self.limits } else { &here };
-        let permits = limits.try_take(in_hand, self.config.limit.as_ref())?;
+        let permits =
+            plan.with_hand(|in_hand| limits.try_take(in_hand, self.config.limit.as_ref()))?;
         if permits.is_empty() {
             return Ok(());
         }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tower_catch_unwind::Panic;
 use tower_request_context::TraceId;
 use tower_response_end::End;
-use tower_spawn_limit::SpawnError;
+use tower_spawn_limit::{SpawnError, SpawnLimit};
 
 use super::Home;
 use crate::{
@@ -55,6 +55,10 @@ pub(super) struct Inner {
     pub(super) holds: u32,
     pub(super) held_end: Option<End>,
     pub(super) idle: Option<Arc<Notify>>,
+    /// For those who wait to spawn: told when that may be for nothing.
+    pub(super) changed: Option<Arc<Notify>>,
+    /// What the request has of its share, once somebody waits for that. `live` says it before.
+    pub(super) share: Option<SpawnLimit>,
     /// Of tasks that panicked in their drop, for their handles: the runtime knows only what they
     /// panicked with. The last few, for nobody may ask.
     drop_panics: Vec<(u32, u16, Panic)>,
@@ -218,6 +222,8 @@ impl Inner {
             holds: 0,
             held_end: None,
             idle: None,
+            changed: None,
+            share: None,
             drop_panics: Vec::new(),
             forced: None,
             response: None,

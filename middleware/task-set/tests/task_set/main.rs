@@ -14,6 +14,7 @@ mod group;
 mod kinds;
 mod ledger;
 mod lifetime;
+mod limit;
 mod log;
 mod on_panic;
 mod outcome;
