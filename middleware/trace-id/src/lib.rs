@@ -60,6 +60,14 @@
 //! copied one from somewhere (W3C Trace Context Level 2, section "Privacy Considerations", "Other
 //! risks").
 //!
+//! # In the log
+//!
+//! Subscribers that print the fields of spans have the ids on every line of a request and of its
+//! tasks. In JSON, tracing-subscriber has those of the innermost span alone at `span.trace_id`: a
+//! line in a span of one's own has them further out, in `spans`. Log stores find `trace_id` best as
+//! a member of the line itself; the repository's `examples/json_logs.rs` puts it there, from the
+//! context.
+//!
 //! # Costs
 //!
 //! Without a subscriber a request costs one system call for its ids and one allocation, besides

@@ -21,8 +21,10 @@ use crate::{TraceContext, context};
 /// # Redirects
 ///
 /// It goes inside of whatever follows redirects, so that it sees every request that is sent; then
-/// [`only`](Self::only) keeps the headers from other hosts. Outside, it sees the first request
-/// alone, and it is the follower that decides which headers go on (tower-http's keeps these).
+/// [`only`](Self::only) keeps the headers from other hosts. That a request is a redirect it cannot
+/// see, so without `only` each gets them. Outside, it sees the first request alone, and it is the
+/// follower that decides which headers go on: tower-http's keeps these, unless its policy is
+/// `FilterCredentials::new().remove_all()`. hyper-util's client and tonic's channel follow none.
 #[derive(Clone, Copy, Default)]
 pub struct PropagateLayer<A = ()> {
     allow: A,

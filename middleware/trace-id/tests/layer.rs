@@ -17,7 +17,7 @@ use http_body_util::{BodyExt, Empty, Full};
 use tokio_test::{assert_pending, assert_ready_err, assert_ready_ok};
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_http::{
-    follow_redirect::FollowRedirectLayer,
+    follow_redirect::{FollowRedirectLayer, policy::FilterCredentials},
     request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer},
     trace::TraceLayer,
 };
@@ -936,9 +936,8 @@ async fn b3_is_sent_if_chosen_and_debug_is_kept() {
     }
 }
 
-/// H16: the layer inside of what follows redirects sees every hop.
-#[tokio::test]
-async fn another_origin_gets_nothing_on_a_redirect() {
+/// A client whose first two answers lead to another place, and the `traceparent` of each request.
+fn redirecting() -> (Redirecting, Arc<Mutex<Vec<Option<HeaderValue>>>>) {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let client_seen = seen.clone();
     let client = service_fn(move |request: Request<EmptyBody>| {
@@ -955,18 +954,49 @@ async fn another_origin_gets_nothing_on_a_redirect() {
         client_seen.lock().unwrap().push(request.headers().get("traceparent").cloned());
         async { Ok::<_, Infallible>(response) }
     });
+    (Redirecting::new(client), seen)
+}
+
+type Redirecting =
+    tower::util::BoxCloneService<Request<EmptyBody>, Response<EmptyBody>, Infallible>;
+
+fn to_here() -> Request<EmptyBody> {
+    let mut request = Request::get("http://here.test/1").body(EmptyBody::new()).unwrap();
+    // As if a proxy had copied them.
+    request.headers_mut().insert("traceparent", HeaderValue::from_static(SAMPLED));
+    request
+}
+
+/// H16: the layer inside of what follows redirects sees every hop.
+#[tokio::test]
+async fn another_origin_gets_nothing_on_a_redirect() {
+    let (client, seen) = redirecting();
     let here = |uri: &Uri| uri.host() == Some("here.test");
     let client = ServiceBuilder::new()
         .layer(FollowRedirectLayer::new())
         .layer(PropagateLayer::new().only(here))
         .service(client);
-    let mut request = Request::get("http://here.test/1").body(EmptyBody::new()).unwrap();
-    // As if a proxy had copied them.
-    request.headers_mut().insert("traceparent", HeaderValue::from_static(SAMPLED));
-    scope(&TraceContext::start()).scope(client.oneshot(request)).await.unwrap();
+    scope(&TraceContext::start()).scope(client.oneshot(to_here())).await.unwrap();
     let seen = seen.lock().unwrap();
     assert_eq!(seen.len(), 3);
     assert!(seen[0].is_some() && seen[1].is_some() && seen[0] != seen[1]);
+    assert_ne!(seen[0].as_ref().unwrap(), SAMPLED);
+    assert_eq!(seen[2], None);
+}
+
+/// H16: outside, the policy of what follows them decides.
+#[tokio::test]
+async fn another_origin_gets_nothing_from_a_follower_that_removes_headers() {
+    let (client, seen) = redirecting();
+    let policy = FilterCredentials::new().remove_all();
+    let client = ServiceBuilder::new()
+        .layer(PropagateLayer::new())
+        .layer(FollowRedirectLayer::with_policy(policy))
+        .service(client);
+    scope(&TraceContext::start()).scope(client.oneshot(to_here())).await.unwrap();
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.len(), 3);
+    assert!(seen[0].is_some() && seen[0] == seen[1]);
     assert_ne!(seen[0].as_ref().unwrap(), SAMPLED);
     assert_eq!(seen[2], None);
 }
