@@ -61,15 +61,15 @@ impl Stopped {
         }
     }
 
-    /// The answer in place of the response.
-    fn response(self, dialect: Dialect) -> Response<Bytes> {
+    /// The answer in place of the response. One to a panic is marked with it, for the layers
+    /// outside.
+    pub fn response(self, dialect: Dialect) -> Response<Bytes> {
         let answer = self.answer();
         let Self::Panicked(panic) = self else {
             return answer.response(dialect);
         };
         let (trace_id, request_id) = (panic.trace_id(), panic.request_id());
         let mut response = answer.response_with_ids(dialect, trace_id, request_id);
-        // For layers outside, which see no panic.
         response.extensions_mut().insert(panic);
         response
     }

@@ -152,6 +152,7 @@ mod place;
 mod reaper;
 mod registry;
 mod set;
+mod shield;
 mod stop;
 mod sync;
 mod task;
@@ -184,6 +185,7 @@ pub use lifetime::{AtEnd, OnPanic};
 pub use observe::{Observe, TaskEvent};
 pub use place::ResponseScope;
 pub use registry::{TaskRegistry, assert_drained};
+pub use shield::{ShieldBody, ShieldError, ShieldFuture, ShieldLayer, Shielded};
 pub use stop::StopToken;
 
 pub use task::{AbortHandle, Cause, Outcome, TaskError, TaskHandle};

@@ -371,7 +371,21 @@ impl<O: TaskOwner> NewTask<'_, O> {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let (owner, plan) = (self.owner, self.plan(Location::caller()));
+        self.spawn_from(Location::caller(), future)
+    }
+
+    /// The same, for somebody who was called there.
+    #[track_caller]
+    pub(crate) fn spawn_from<F>(
+        self,
+        site: &'static Location<'static>,
+        future: F,
+    ) -> Result<TaskHandle<F::Output>, Refused<F>>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        let (owner, plan) = (self.owner, self.plan(site));
         match owner.admit(&plan) {
             Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
             Err(reason) => Err(Refused { reason, future }),

@@ -21,6 +21,7 @@ mod outcome;
 mod registry;
 mod runtime;
 mod set;
+mod shield;
 mod shutdown;
 mod stop;
 mod support;
