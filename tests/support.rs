@@ -142,6 +142,11 @@ impl Server {
         Self { addr, task: tokio::spawn(host(listener)), ended: events().1 }
     }
 
+    /// That which listens there, for a client alone: it does not end with this.
+    pub fn at(addr: SocketAddr) -> Self {
+        Self { addr, task: tokio::spawn(async {}), ended: events().1 }
+    }
+
     /// Where it listens.
     pub const fn addr(&self) -> SocketAddr {
         self.addr

@@ -20,8 +20,8 @@ use crate::support::{Broken, assert_ledger, gate, secs, settle};
 
 type Answer = Result<Response<Full<Bytes>>, Broken>;
 
-fn hello() -> Answer {
-    Ok(Response::new(Full::new(Bytes::from("hello"))))
+fn hello() -> Response<Full<Bytes>> {
+    Response::new(Full::new(Bytes::from("hello")))
 }
 
 /// A handler that waits at a gate.
@@ -41,7 +41,7 @@ fn gated() -> (
         async move {
             wait.await;
             TaskSet::current().unwrap().spawn("child", async {}).unwrap();
-            hello()
+            Ok::<_, Broken>(hello())
         }
     });
     (open, service)
@@ -95,7 +95,7 @@ async fn a_handler_whose_client_has_left_has_the_time_that_the_layer_gives() {
         assert_pending!(response.poll());
         drop(response);
         if lives > 0 {
-            tokio::time::sleep(secs(lives) - Duration::from_millis(10)).await;
+            tokio::time::sleep(secs(lives).saturating_sub(Duration::from_millis(10))).await;
             assert_ledger(&tasks, "live 1");
         }
         tokio::time::sleep(Duration::from_millis(1_100)).await;
@@ -108,7 +108,7 @@ async fn a_refused_handler_is_an_answer() {
     for (content_type, status) in [("text/plain", 503), ("application/grpc", 200)] {
         let tasks = TaskRegistry::new().limit(SpawnLimit::new(0));
         let service = (TaskSetLayer::new(&tasks), ShieldLayer::new("handler"))
-            .layer(service_fn(async |_: Request<()>| hello()));
+            .layer(service_fn(async |_: Request<()>| Ok::<_, Broken>(hello())));
         let request = Request::post("/").header("content-type", content_type).body(()).unwrap();
         let response = service.oneshot(request).await.unwrap();
         assert_eq!(response.status(), status);
@@ -156,7 +156,8 @@ async fn a_handler_that_is_told_to_end_is_an_answer() {
 
 #[tokio::test]
 async fn without_a_task_set_it_says_so() {
-    let service = ShieldLayer::new("handler").layer(service_fn(async |_: Request<()>| hello()));
+    let service = ShieldLayer::new("handler")
+        .layer(service_fn(async |_: Request<()>| Ok::<_, Broken>(hello())));
     assert_eq!(service.oneshot(Request::new(())).await.unwrap().status(), 500);
 }
 
