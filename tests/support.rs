@@ -314,6 +314,15 @@ impl H2 {
         self.requests.send_request(request, whole).unwrap()
     }
 
+    /// Sends a request, or says why the connection takes none.
+    pub async fn try_send(
+        &mut self,
+        request: Request<()>,
+    ) -> Result<h2::client::ResponseFuture, h2::Error> {
+        soon(std::future::poll_fn(|cx| self.requests.poll_ready(cx))).await?;
+        Ok(self.requests.send_request(request, true)?.0)
+    }
+
     /// Closes the socket, whatever goes on.
     pub async fn close(self) {
         self.connection.abort();
