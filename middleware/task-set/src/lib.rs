@@ -53,7 +53,7 @@
 //! | handler or body panicked | cancelled | has `d`, then cancelled | goes on |
 //! | its request's [deadline](#deadlines) passed | cancelled | has `d`, then cancelled | goes on |
 //! | its own timeout passed | timed out | timed out | timed out |
-//! | [`cancel_all`](TaskRegistry::cancel_all), at shutdown | cancelled | cancelled | cancelled |
+//! | [`cancel_all`](TaskRegistry::cancel_all), the last part of a shutdown | cancelled | cancelled | cancelled |
 //! | runtime dropped | aborted | aborted | aborted |
 //!
 //! What it means to be told to end depends on the kind of the task:

@@ -8,7 +8,7 @@ use std::{
     panic::Location,
     pin::Pin,
     sync::{Arc, Mutex},
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
 use loom::{future::block_on, thread};
@@ -134,6 +134,52 @@ fn a_set_that_is_made_while_the_registry_closes_is_closed_by_either() {
         assert_eq!(registry.snapshot().totals.spawned, spawned);
         assert_exact(&registry, 1, u64::from(!accepted), 0);
         accepted
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn a_spawn_outside_of_requests_that_races_a_drain_is_refused_or_waited_for() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let spawner = thread::spawn({
+            let registry = registry.clone();
+            move || {
+                registry.own_set().and_then(|set| enter(&set).ok()).is_some_and(|member| {
+                    complete(member);
+                    true
+                })
+            }
+        });
+        registry.begin_drain();
+        block_on(registry.idle());
+        let before = registry.snapshot().totals.spawned;
+        let accepted = spawner.join().unwrap();
+        let after = registry.snapshot().totals;
+        assert_eq!((after.spawned, after.live), (before, 0), "nothing comes after it was idle");
+        accepted
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn a_task_that_races_a_shutdown_is_listed_exactly_if_that_has_ended_it() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let set = set(&registry);
+        let member = enter(&set).unwrap();
+        let task = thread::spawn(move || {
+            let mut task = Box::pin(Tracked::new(async {}, member));
+            let poll = task.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+            matches!(poll, Poll::Ready(Err(TaskError::Cancelled(Cause::Shutdown))))
+        });
+        registry.cancel_all();
+        let forced = task.join().unwrap();
+        set.end(End::Completed);
+        let snapshot = registry.snapshot();
+        assert_eq!(snapshot.forced_tasks.len(), usize::from(forced));
+        assert_eq!(snapshot.totals.cancelled, u64::from(forced));
+        forced
     });
     assert_eq!(seen, [false, true]);
 }
