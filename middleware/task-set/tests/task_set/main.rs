@@ -18,6 +18,7 @@ mod limit;
 mod log;
 mod on_panic;
 mod outcome;
+mod programs;
 mod registry;
 mod runtime;
 mod set;

@@ -1,0 +1,274 @@
+//! The layers, and who waits.
+#![allow(missing_docs, clippy::unwrap_used)] // Tests.
+// A handle, which is a future, is often just what an async block is for.
+#![allow(clippy::async_yields_async)]
+
+use std::{
+    convert::Infallible,
+    future::{pending, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, Version, header};
+use http_body_util::{BodyExt, Full};
+use tokio::task::{JoinHandle, yield_now};
+use tokio_test::{assert_pending, assert_ready, assert_ready_err, assert_ready_ok, task};
+use tower::{Layer, Service, ServiceExt, service_fn};
+use tower_spawn_limit::{
+    Level, RequestLimitLayer, SpawnError, SpawnLimit, SpawnLimitLayer, request_limit::CallError,
+    spawn, spawn_blocking, spawn_within,
+};
+
+const LONG: Duration = Duration::from_secs(9);
+
+fn hello(_: Request<()>) -> std::future::Ready<Result<Response<Full<Bytes>>, Infallible>> {
+    ready(Ok(Response::new(Full::from("hello"))))
+}
+
+/// Runs `f` as the handler of a request below this layer.
+async fn below<T>(layer: &SpawnLimitLayer, f: impl AsyncFnOnce() -> T) -> T {
+    let mut f = Some(f);
+    let handler = service_fn(move |()| {
+        let f = f.take().unwrap();
+        async move { Ok::<_, Infallible>(f().await) }
+    });
+    layer.clone().plain().layer(handler).oneshot(()).await.unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn permits_are_had_in_the_order_of_the_asking_and_the_line_is_bounded() {
+    let limit = SpawnLimit::new(1).queue(2);
+    let permit = limit.try_acquire().unwrap();
+    let mut first = task::spawn(limit.acquire_within(LONG));
+    let mut second = task::spawn(limit.acquire_within(LONG));
+    assert_pending!(first.poll());
+    assert_pending!(second.poll());
+    assert_eq!(limit.acquire_within(LONG).await.unwrap_err(), SpawnError::Full);
+    assert_eq!((limit.waiting(), limit.refused()), (2, 1));
+    drop(permit);
+    assert!(first.is_woken() && !second.is_woken());
+    assert!(limit.try_acquire().is_err(), "it is the first one's");
+    let permit = assert_ready_ok!(first.poll());
+    drop(permit);
+    drop(assert_ready_ok!(second.poll()));
+    assert_eq!((limit.in_use(), limit.waiting()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_that_is_raised_lets_in_as_many_as_there_is_room_for() {
+    let limit = SpawnLimit::new(0);
+    let mut waiting: Vec<_> = (0..3).map(|_| task::spawn(limit.acquire_within(LONG))).collect();
+    for waiting in &mut waiting {
+        assert_pending!(waiting.poll());
+    }
+    limit.set_limit(2);
+    assert!(waiting[0].is_woken() && waiting[1].is_woken() && !waiting[2].is_woken());
+    assert_eq!((limit.in_use(), limit.waiting()), (2, 1));
+    // With a permit that nobody has taken.
+    drop(waiting.remove(0));
+    drop(assert_ready_ok!(waiting[1].poll()));
+    drop(waiting);
+    assert_eq!((limit.in_use(), limit.waiting()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_has_an_end_and_no_time_is_no_wait() {
+    let limit = SpawnLimit::new(0);
+    let mut none = task::spawn(limit.acquire_within(Duration::ZERO));
+    assert_ready_err!(none.poll());
+    let mut waits = task::spawn(limit.acquire_within(LONG));
+    assert_pending!(waits.poll());
+    tokio::time::advance(LONG + Duration::from_millis(1)).await;
+    assert_eq!(assert_ready_err!(waits.poll()), SpawnError::Full);
+    assert_eq!((limit.waiting(), limit.refused()), (0, 2));
+}
+
+#[test]
+fn without_a_runtime_nobody_waits() {
+    let limit = SpawnLimit::new(0);
+    assert_ready_err!(task::spawn(limit.acquire_within(LONG)).poll());
+    assert_eq!(spawn(async {}).unwrap_err().reason, SpawnError::NoRuntime);
+    let waits = assert_ready!(task::spawn(spawn_within(LONG, async {})).poll());
+    assert_eq!(waits.unwrap_err().reason, SpawnError::NoRuntime);
+    let timeless = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let refused = timeless.block_on(limit.acquire_within(LONG));
+    assert_eq!(refused.unwrap_err(), SpawnError::Full);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_permit_of_each_layer_comes_back_however_a_task_ends() {
+    let (outer, inner) = (SpawnLimit::new(1), SpawnLimit::new(1).per_request(1));
+    let layers = [outer.clone(), inner.clone()].map(SpawnLimitLayer::new);
+    let in_use = || (outer.in_use(), inner.in_use());
+    let ends: [fn(JoinHandle<()>); 3] = [drop, |task| task.abort(), std::mem::forget];
+    for panics in [false, true] {
+        for end in ends {
+            let task = below(&layers[0], async || {
+                below(&layers[1], async || {
+                    let task = spawn(async move {
+                        assert_eq!(Level::current(), Level::Task);
+                        assert!(spawn(async {}).is_err(), "it is below the same limits");
+                        assert!(spawn_within(LONG, async {}).await.is_err());
+                        assert!(!panics, "on purpose");
+                    });
+                    assert_eq!(spawn(async {}).unwrap_err().reason, SpawnError::Full);
+                    task.unwrap()
+                })
+                .await
+            });
+            let task = task.await;
+            assert_eq!(in_use(), (1, 1));
+            end(task);
+            yield_now().await;
+            yield_now().await;
+            assert_eq!(in_use(), (0, 0));
+        }
+    }
+}
+
+#[test]
+fn a_permit_comes_back_from_a_runtime_that_is_gone() {
+    let limit = SpawnLimit::new(1);
+    let layer = SpawnLimitLayer::new(limit.clone());
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let task = runtime.block_on(below(&layer, async || spawn(pending::<()>()).unwrap()));
+    assert_eq!(limit.in_use(), 1);
+    drop(runtime);
+    assert_eq!(limit.in_use(), 0);
+    assert!(assert_ready!(task::spawn(task).poll()).unwrap_err().is_cancelled());
+}
+
+#[tokio::test]
+async fn a_closure_that_blocks_keeps_its_permit_until_it_returns() {
+    let limit = SpawnLimit::new(1);
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let layer = SpawnLimitLayer::new(limit.clone());
+    let blocks = below(&layer, async || {
+        spawn_blocking(move || {
+            let _ = wait.recv();
+            Level::current()
+        })
+    });
+    let blocks = blocks.await.unwrap();
+    blocks.abort();
+    assert_eq!(limit.in_use(), 1);
+    drop(go);
+    let _ = blocks.await;
+    while limit.in_use() > 0 {
+        yield_now().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_is_closed_out_when_its_request_ends() {
+    let limit = SpawnLimit::new(1);
+    let permit = limit.try_acquire().unwrap();
+    let layer = SpawnLimitLayer::new(limit.clone());
+    let waits = below(&layer, async || {
+        let mut waits = task::spawn(Box::pin(spawn_within(LONG, async {})));
+        assert_pending!(waits.poll());
+        waits
+    });
+    let mut waits = waits.await;
+    assert!(waits.is_woken());
+    assert_eq!(assert_ready_err!(waits.poll()).reason, SpawnError::Closed);
+    assert_eq!(limit.waiting(), 0);
+    drop(permit);
+    assert_eq!(limit.in_use(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_counts_until_its_body_is_read_or_dropped_or_nobody_holds_it() {
+    let layer = RequestLimitLayer::new(1);
+    let mut service = layer.layer(service_fn(hello));
+    let response = service.ready().await.unwrap().call(Request::new(())).await.unwrap();
+    assert_eq!(layer.in_use(), 1);
+    response.into_body().collect().await.unwrap();
+    assert_eq!(layer.in_use(), 0);
+    drop(service.ready().await.unwrap().call(Request::new(())).await.unwrap());
+    assert_eq!(layer.in_use(), 0);
+    drop(service.ready().await.unwrap().call(Request::new(())));
+    assert_eq!((layer.in_use(), layer.refused()), (0, 0));
+
+    let upgrade = |_: Request<()>| {
+        let mut response = Response::new(Full::<Bytes>::default());
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        let hold = tower_response_end::hold().unwrap();
+        response.extensions_mut().insert(std::sync::Arc::new(hold));
+        ready(Ok::<_, Infallible>(response))
+    };
+    let response = layer.layer(service_fn(upgrade)).oneshot(Request::new(())).await.unwrap();
+    let (mut head, body) = response.into_parts();
+    drop(body);
+    assert_eq!(layer.in_use(), 1, "the socket is served on");
+    head.extensions.clear();
+    assert_eq!(layer.in_use(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_too_many_is_answered_in_its_own_dialect() {
+    let layer = RequestLimitLayer::new(0);
+    let mut service = layer.layer(service_fn(hello));
+    let refused = service.ready().await.unwrap().call(Request::new(())).await.unwrap();
+    assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(refused.headers()[header::RETRY_AFTER], "1");
+    assert_eq!(refused.headers()[header::CONTENT_TYPE], "application/problem+json");
+    let body = refused.into_body().collect().await.unwrap().to_bytes();
+    let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!(problem["status"], 503);
+
+    let grpc = Request::post("/").version(Version::HTTP_2);
+    let grpc = grpc.header(header::CONTENT_TYPE, "application/grpc").body(()).unwrap();
+    let refused = service.ready().await.unwrap().call(grpc).await.unwrap();
+    assert_eq!(
+        (refused.status(), &refused.headers()["grpc-status"]),
+        (StatusCode::OK, &"8".parse().unwrap())
+    );
+    assert!(http_body::Body::is_end_stream(refused.body()));
+
+    let plain = layer.clone().plain().layer(service_fn(async |()| Ok::<_, Infallible>(())));
+    assert!(matches!(plain.oneshot(()).await, Err(CallError::Full)));
+    assert_eq!((layer.in_use(), layer.refused()), (0, 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_waits_for_its_turn_and_a_service_that_is_only_ready_takes_none() {
+    let layer = RequestLimitLayer::new(1).wait(LONG).queue(1);
+    let mut idle = layer.layer(service_fn(hello));
+    let mut busy = idle.clone();
+    idle.ready().await.unwrap();
+    let first = busy.ready().await.unwrap().call(Request::new(())).await.unwrap();
+    assert_eq!(layer.in_use(), 1, "the idle one has none");
+    let mut second = task::spawn(busy.ready().await.unwrap().call(Request::new(())));
+    assert_pending!(second.poll());
+    assert_eq!(layer.waiting(), 1);
+    let third = busy.ready().await.unwrap().call(Request::new(())).await.unwrap();
+    assert_eq!(third.status(), 503, "the line is full");
+    drop(first);
+    assert!(second.is_woken());
+    let second = assert_ready_ok!(second.poll());
+    assert_eq!((second.status(), layer.in_use()), (StatusCode::OK, 1));
+    let mut late = task::spawn(busy.ready().await.unwrap().call(Request::new(())));
+    assert_pending!(late.poll());
+    tokio::time::advance(LONG + Duration::from_millis(1)).await;
+    assert_eq!(assert_ready_ok!(late.poll()).status(), 503);
+    drop((idle, second));
+    assert_eq!((layer.in_use(), layer.waiting(), layer.refused()), (0, 0, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_within_a_request_does_not_wait_for_its_permit() {
+    let layer = RequestLimitLayer::new(1).wait(LONG).plain();
+    let inner = layer.layer(service_fn(async |()| Ok::<_, Infallible>(())));
+    let outer = layer.layer(service_fn(move |()| {
+        let inner = inner.clone();
+        async move {
+            assert_eq!(Level::current(), Level::Request);
+            Ok::<_, Infallible>(matches!(inner.oneshot(()).await, Err(CallError::Full)))
+        }
+    }));
+    let start = tokio::time::Instant::now();
+    assert!(outer.oneshot(()).await.unwrap());
+    assert_eq!((start.elapsed(), layer.in_use()), (Duration::ZERO, 0));
+}
