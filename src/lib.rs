@@ -69,8 +69,8 @@ pub use tower_shutdown::{Report, Shutdown, ShutdownLayer, ShutdownWatch};
 pub use tower_spawn_limit::{Refused, RequestLimitLayer, SpawnError, SpawnLimit, SpawnLimitLayer};
 #[cfg(feature = "task-set")]
 pub use tower_task_set::{
-    AtEnd, Outcome, TaskError, TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
-    assert_drained,
+    AtEnd, Cause, Group, GroupError, Outcome, StopToken, TaskError, TaskEvent, TaskHandle,
+    TaskRegistry, TaskSet, TaskSetLayer, assert_drained,
 };
 #[cfg(feature = "trace-id")]
 pub use tower_trace_id::{PropagateLayer, TraceContext, TraceIdLayer};

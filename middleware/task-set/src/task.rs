@@ -588,6 +588,14 @@ mod tests {
     }
 
     #[test]
+    fn a_graceful_task_with_its_token_is_at_most_32_bytes_larger_than_its_future() {
+        type Keeps<F> = (F, StopToken);
+        assert!(size_of::<Tracked<Graceful<(), Keeps<[u8; 1]>>>>() <= 8 + 32);
+        assert!(size_of::<Tracked<Graceful<(), Keeps<[u64; 2]>>>>() <= 16 + 32);
+        assert!(size_of::<Tracked<Graceful<[u64; 2], Keeps<[u64; 19]>>>>() <= 152 + 32);
+    }
+
+    #[test]
     fn an_error_does_not_make_a_task_larger() {
         type Stored<T> = Result<T, tokio::task::JoinError>;
         assert!(size_of::<TaskError>() <= 16);

@@ -194,6 +194,32 @@ fn choices_of_a_tasks_own_cost_one_allocation_for_eleven() {
 }
 
 #[test]
+fn a_graceful_task_costs_one_allocation_more_and_one_for_eleven() {
+    let [layer, ..] = layers();
+    let cost = added(&layer, || {
+        let set = TaskSet::current().unwrap();
+        for _ in 0..4 {
+            set.spawn_graceful("task", |stop| async move { stop.is_cancelled() }).unwrap();
+        }
+    });
+    assert_eq!(cost, 5 + 4 + 1);
+}
+
+#[test]
+fn a_group_costs_two_allocations_and_its_tasks_one_for_eleven() {
+    let [layer, ..] = layers();
+    let cost = added(&layer, || {
+        let set = TaskSet::current().unwrap();
+        let group = set.group();
+        for _ in 0..3 {
+            group.spawn("task", ready(())).unwrap();
+        }
+        set.spawn("owner", group.wait()).unwrap();
+    });
+    assert_eq!(cost, 5 + 2 + 1);
+}
+
+#[test]
 fn a_refusal_costs_nothing_where_there_is_a_set() {
     let runtime = runtime();
     let _entered = runtime.enter();
