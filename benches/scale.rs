@@ -43,7 +43,7 @@ fn main() {
             let mut budgets = Budgets::default();
             resident(million, &mut budgets);
             cancelled(million, if quick { 3 } else { 7 }, &mut budgets);
-            under_a_limit(million, if quick { 1 } else { 5 }, &mut budgets);
+            under_a_limit(million, if quick { 1 } else { 7 }, &mut budgets);
             snapshot_of_many_sets("10000");
             budgets.print();
         }
