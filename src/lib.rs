@@ -36,6 +36,32 @@
 //! | tower-http's `SetRequestIdLayer` inside of [`TraceIdLayer`] | the handler reads another id than log and response have; outside, its id is taken over |
 //! | tower's `ConcurrencyLimit`, on either side | its permit comes back with the head, while body and tasks go on |
 //!
+//! # What happens to the work
+//!
+//! | | the response future is dropped | the body is dropped | the deadline passes | the process stops |
+//! |---|---|---|---|---|
+//! | a task of [`TaskSet`] | as its [`AtEnd`] says for `Disconnected` | the same, or for `Completed` if all bytes have passed | as it says for `TimedOut` | drains within the budget, is cancelled, then aborted |
+//! | a task of [`TaskRegistry`], or one that is kept | nothing | nothing | nothing | the same |
+//! | a closure in `spawn_blocking` | is asked to stop if its task is told to end | the same | the same | is asked, and then reported |
+//! | a handler under [`ShieldLayer`](task_set::ShieldLayer) | goes on, as its layer's `at_end` says | it has answered | goes on, likewise | drains as a task |
+//! | any other handler, and a body | is dropped | is dropped | is dropped | has the budget, and is then dropped |
+//! | [`ResponseEndLayer`]'s hook | `Disconnected` | `Completed` if all announced bytes have passed, else `Disconnected` | outside of the task set `Completed` or `Failed`, inside `Disconnected` | the same, of [`ShutdownLayer`] |
+//! | a permit of [`SpawnLimit`] | stays until its task has ended | the same | the same | the same |
+//! | a caller that waits for a permit | gives up | gives up | gives up | gives up |
+//! | a permit of [`RequestLimitLayer`] | comes back | comes back | comes back | comes back |
+//! | a panic in that drop | is contained by [`CatchUnwindLayer`] | the same | the same | the same |
+//!
+//! # Where `current()` works
+//!
+//! | | [`TaskSet::current`], [`RequestContext::current`] |
+//! |---|---|
+//! | the handler: in `call`, and in polls and the drop of its future | yes |
+//! | polls of the body | yes |
+//! | the drop of a future or body that has not come to its end | the set, if it was asked for before; the context |
+//! | tasks and blocking closures of ours, and what they spawn with us | yes |
+//! | a bare `tokio::spawn` or `spawn_blocking`, axum's `on_upgrade` | no: move the handle in, or use `context.scope(future)` |
+//! | a `call` behind tower's `Buffer` | no: `.in_extensions()` and the extractor |
+//!
 //! # Features
 //!
 //! One for each module, all on by default. `axum` adds extractors and responses, through

@@ -200,6 +200,70 @@ async fn http2_polls_a_body_that_is_not_to_be_written_and_the_end_stays() {
 }
 
 #[tokio::test]
+async fn over_http2_a_body_of_an_announced_length_completes_and_too_much_is_an_error() {
+    for (frames, whole) in [(["foo", "bar"], true), (["foo", "barbar"], false)] {
+        let mut site = Site::new(http2(), move |_, teller| {
+            let script = Script::new(frames.map(Step::Data)).told_by(teller);
+            let mut response = reply(200, script);
+            response.headers_mut().insert(header::CONTENT_LENGTH, 6.into());
+            ready(response)
+        })
+        .await;
+        let mut client = site.server.h2().await;
+        let response = soon(client.send(request_h2("GET", "/")).await).await.unwrap();
+        assert_eq!(response.headers()[header::CONTENT_LENGTH], "6");
+        let read = read_all(&mut response.into_body()).await;
+        assert_eq!(read.is_ok_and(|(data, _)| data == "foobar"), whole);
+        // Polled to its end, which the handler has reached: hyper counts nothing here.
+        while site.seen.wait().await != "/ Completed" {}
+    }
+}
+
+/// Hedges every request, at once.
+#[derive(Clone)]
+struct AtOnce;
+
+impl tower::hedge::Policy<Request<()>> for AtOnce {
+    fn clone_request(&self, request: &Request<()>) -> Option<Request<()>> {
+        Some(request.clone())
+    }
+
+    fn can_retry(&self, _: &Request<()>) -> bool {
+        true
+    }
+}
+
+#[tokio::test]
+async fn of_a_hedged_request_each_attempt_has_its_end_and_the_request_has_one() {
+    let (tell, mut seen) = events();
+    let calls = Arc::new(Mutex::new(0));
+    let attempt =
+        ResponseEndLayer::new(TellEnd(tell.clone())).layer(service_fn(move |_: Request<()>| {
+            let mut calls = calls.lock().unwrap();
+            *calls += 1;
+            let is_first = *calls == 1;
+            async move {
+                if is_first {
+                    pending::<()>().await;
+                }
+                Ok::<_, BoxError>(Response::new(Full::new(Bytes::from("foo"))))
+            }
+        }));
+    let hedged = tower::hedge::Hedge::new(attempt, AtOnce, 0, 0.9, Duration::from_secs(10));
+    // Renamed on the way in, to tell the attempts from the request.
+    let hedged = tower::util::MapRequest::new(hedged, |mut request: Request<()>| {
+        *request.uri_mut() = "/attempt".parse().unwrap();
+        request
+    });
+    let service = ResponseEndLayer::new(TellEnd(tell)).layer(hedged);
+    let request = Request::get("/request").body(()).unwrap();
+    let response = soon(tower::ServiceExt::oneshot(service, request)).await.unwrap();
+    assert_eq!(seen.so_far(), ["/attempt Disconnected"], "the one that lost");
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "foo");
+    assert_eq!(seen.so_far(), ["/attempt Completed", "/request Completed"]);
+}
+
+#[tokio::test]
 async fn an_informational_response_is_over_although_hyper_refuses_it() {
     let mut site = Site::scripted(http1(), 103, || Script::new([Step::Data("foo")])).await;
     let response = fetch(&site, "GET / HTTP/1.1").await;

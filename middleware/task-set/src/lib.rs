@@ -290,7 +290,8 @@ impl<P> TaskSetLayer<P> {
     /// Gives a response this long, from the call to its end: see
     /// [Deadlines](crate#deadlines).
     ///
-    /// A gRPC client may ask for less (`grpc-timeout`); what is no such value is ignored. For its
+    /// A gRPC client may ask for less (`grpc-timeout`); what is no such value is ignored. tonic reads
+    /// it too, at both ends, and may be first with its own answer, which is `CANCELLED`. For its
     /// wish alone choose `Duration::MAX`. Else choose what the slowest honest client takes for the
     /// largest response: an event stream ends by it too.
     pub fn deadline(mut self, time: Duration) -> Self {
