@@ -253,7 +253,9 @@ async fn panic_somewhere(
     match r#where {
         Where::Handler => panic!("in the handler, as you asked"),
         Where::Body => {
-            let chunks = stream::iter(["some text, and then\n", ""]).map(|chunk| {
+            let chunks = stream::iter(["some text, and then\n", ""]).then(async |chunk| {
+                // So that the first one is sent.
+                tokio::task::yield_now().await;
                 assert!(!chunk.is_empty(), "in the body, as you asked");
                 Ok::<_, SpawnError>(chunk)
             });

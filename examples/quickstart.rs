@@ -22,6 +22,7 @@ use axum::{
     http::{Method, Request, Response, StatusCode, header::RETRY_AFTER},
     routing::{get, post},
 };
+use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::{
@@ -31,7 +32,8 @@ use hyper_util::{
 use tokio::sync::{Semaphore, broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tower_tasks::{
-    AtEnd, Shutdown, SpawnError, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer,
+    AtEnd, CatchUnwindLayer, Shutdown, SpawnError, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer,
+    catch_unwind::install_hook,
     task_set::{Counts, Outcome, TaskEvent, TaskState, assert_drained},
 };
 
@@ -78,10 +80,25 @@ async fn stream_prices(State(app): State<App>, tasks: TaskSet) -> Result<Body, S
     Ok(Body::from_stream(ReceiverStream::new(prices)))
 }
 
-/// (c) The task has a bug. Its request is answered all the same.
+/// (c) A task has a bug. Its request is answered all the same.
 async fn upload_photo(tasks: TaskSet) -> Result<StatusCode, SpawnError> {
     tasks.spawn("make_thumbnail", async { panic!("cannot decode photo.tiff") })?;
     Ok(StatusCode::ACCEPTED)
+}
+
+/// (c) The handler has one.
+async fn delete_photo() -> StatusCode {
+    panic!("cannot find photo.tiff")
+}
+
+/// (c) The body has one.
+async fn download_photo() -> Body {
+    Body::from_stream(stream::iter(["half of it", ""]).then(async |part| {
+        // So that the first part is sent.
+        tokio::task::yield_now().await;
+        assert!(!part.is_empty(), "cannot read photo.tiff");
+        Ok::<_, SpawnError>(part)
+    }))
 }
 
 /// (d) Wants more tasks than a request may have: `?` makes the refusal a 503.
@@ -120,11 +137,11 @@ async fn run() -> Result {
     let router = Router::new()
         .route("/orders", post(create_order))
         .route("/prices", get(stream_prices))
-        .route("/photos", post(upload_photo))
+        .route("/photos", post(upload_photo).delete(delete_photo).get(download_photo))
         .route("/rows", post(import_rows))
         .route("/index", post(rebuild_index))
         .with_state(app.clone())
-        .layer((shutdown.layer(), TaskSetLayer::new(&tasks)));
+        .layer((CatchUnwindLayer::new(), shutdown.layer(), TaskSetLayer::new(&tasks)));
 
     let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let http = legacy::Client::builder(TokioExecutor::new()).build_http();
@@ -152,12 +169,8 @@ async fn run() -> Result {
     drop(response);
     expect(&mut ends, 2, Outcome::Cancelled).await?;
 
-    println!("\n(c) A task panics: the panic hook tells of it, and so does the log, by name.");
-    client.send(Method::POST, "/photos", StatusCode::ACCEPTED).await?;
-    expect(&mut ends, 1, Outcome::Panicked).await?;
-    let line = log.try_recv()?;
-    let told = ["ERROR", "make_thumbnail", "quickstart.rs", "cannot decode photo.tiff"];
-    check("the log has name, place and message", told.iter().all(|part| line.contains(part)))?;
+    println!("\n(c) A task panics, a handler, a body: the log has each once, with its place.");
+    let_it_panic(&client, &mut ends, &mut log).await?;
 
     println!("\n(d) Five tasks where a request may have four: the fifth is refused.");
     let response = client.send(Method::POST, "/rows", StatusCode::SERVICE_UNAVAILABLE).await?;
@@ -225,10 +238,33 @@ fn figures(of: &Counts) -> [u64; 9] {
      of.completed, of.cancelled, of.aborted, of.timed_out, of.panicked]
 }
 
+async fn let_it_panic(
+    client: &Client,
+    ends: &mut mpsc::UnboundedReceiver<Outcome>,
+    log: &mut mpsc::UnboundedReceiver<String>,
+) -> Result {
+    let mut logged = |parts: &[&str]| {
+        let line = log.try_recv()?;
+        let place = ["ERROR", "location=", "quickstart.rs:"];
+        let so = place.iter().chain(parts).all(|part| line.contains(part));
+        check("the log has place and message", so)
+    };
+    client.send(Method::POST, "/photos", StatusCode::ACCEPTED).await?;
+    expect(ends, 1, Outcome::Panicked).await?;
+    logged(&["make_thumbnail", "cannot decode photo.tiff"])?;
+    client.send(Method::DELETE, "/photos", StatusCode::INTERNAL_SERVER_ERROR).await?;
+    logged(&["DELETE", "cannot find photo.tiff"])?;
+    let response = client.send(Method::GET, "/photos", StatusCode::OK).await?;
+    let cut_off = response.into_body().collect().await.is_err();
+    check("the client can tell that the body is cut off", cut_off)?;
+    logged(&["cannot read photo.tiff"])
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
     // Says what the default hook says, in one line.
     std::panic::set_hook(Box::new(|panic| say("hook", panic.to_string().replace('\n', " "))));
+    install_hook(); // The log has the place too.
     let end = tokio::time::timeout(Duration::from_secs(10), run()).await;
     if let Err(error) = end.unwrap_or_else(|_| Err("it is not done within 10 seconds".into())) {
         eprintln!("\nquickstart: {error}");

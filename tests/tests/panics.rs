@@ -39,6 +39,7 @@ use tower_tasks::{
     assert_drained,
     catch_unwind::record,
     request_context::{Inherit, Task},
+    task_set::OnPanic,
     trace_id::Trust,
 };
 use tower_tasks_tests::{H2, Server, http1, http2, read_all, soon};
@@ -69,6 +70,9 @@ enum Origin {
     /// Of one that is cancelled.
     TaskDrop,
     Blocking,
+    /// Of a task that fails the response, before the head and after some of the body.
+    TaskFailsHead,
+    TaskFailsBody,
     MakeOnPanic,
     /// The second panic of a request.
     OnPanic,
@@ -78,7 +82,7 @@ enum Origin {
     OnEnd,
 }
 
-const ORIGINS: [Origin; 22] = [
+const ORIGINS: [Origin; 24] = [
     Origin::Nowhere,
     Origin::Call,
     Origin::FirstPoll,
@@ -95,6 +99,8 @@ const ORIGINS: [Origin; 22] = [
     Origin::NestedTask,
     Origin::TaskDrop,
     Origin::Blocking,
+    Origin::TaskFailsHead,
+    Origin::TaskFailsBody,
     Origin::MakeOnPanic,
     Origin::OnPanic,
     Origin::MakeValue,
@@ -200,7 +206,8 @@ fn expected(origin: Origin, protocol: Protocol) -> (&'static str, End) {
         | Origin::MakeValue
         // A layer inside asks for these before it hands the response over.
         | Origin::SizeHint
-        | Origin::IsEndStream => (protocol.failed(), End::Panicked),
+        | Origin::IsEndStream
+        | Origin::TaskFailsHead => (protocol.failed(), End::Panicked),
         Origin::HalfWay => ("left", End::Panicked),
         Origin::BodyFirst => match protocol {
             // hyper has flushed nothing yet.
@@ -208,13 +215,23 @@ fn expected(origin: Origin, protocol: Protocol) -> (&'static str, End) {
             Protocol::Http2 => ("reset", End::Panicked),
             Protocol::Unary | Protocol::Streaming => (protocol.failed(), End::Panicked),
         },
-        Origin::BodyLater => match protocol {
-            Protocol::Http1 => ("200 one, cut", End::Panicked),
-            Protocol::Http2 => ("200 one, reset", End::Panicked),
-            Protocol::Unary => (protocol.failed(), End::Panicked),
-            Protocol::Streaming => ("2 messages, Internal", End::Panicked),
+        Origin::BodyLater => (cut(protocol), End::Panicked),
+        // The set ends the body; a layer outside of it sees an error, or trailers.
+        Origin::TaskFailsBody => match protocol {
+            Protocol::Http1 | Protocol::Http2 => (cut(protocol), End::Failed),
+            Protocol::Unary | Protocol::Streaming => (cut(protocol), End::Completed),
         },
         _ => (protocol.whole(), End::Completed),
+    }
+}
+
+/// What a client sees of a panic after some of the body.
+const fn cut(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Http1 => "200 one, cut",
+        Protocol::Http2 => "200 one, reset",
+        Protocol::Unary => protocol.failed(),
+        Protocol::Streaming => "2 messages, Internal",
     }
 }
 
@@ -228,6 +245,8 @@ struct Case {
     thrown: Mutex<Vec<u32>>,
     ends: Mutex<Vec<End>>,
     started: Notify,
+    /// The body has come to where it may panic.
+    reached: Notify,
     over: Notify,
 }
 
@@ -244,6 +263,7 @@ impl Case {
             thrown: Mutex::default(),
             ends: Mutex::default(),
             started: Notify::new(),
+            reached: Notify::new(),
             over: Notify::new(),
         });
         CASES.lock().unwrap().insert(case.id.clone(), case.clone());
@@ -302,6 +322,17 @@ impl Case {
             }
             Origin::Blocking => {
                 tasks.spawn_blocking("task", move |_| case.at(Origin::Blocking)).unwrap();
+            }
+            Origin::TaskFailsHead => {
+                let fails = async move { case.at(Origin::TaskFailsHead) };
+                tasks.task("task").on_panic(OnPanic::FailResponse).spawn(fails).unwrap();
+            }
+            Origin::TaskFailsBody => {
+                let fails = async move {
+                    case.reached.notified().await;
+                    case.at(Origin::TaskFailsBody);
+                };
+                tasks.task("task").on_panic(OnPanic::FailResponse).spawn(fails).unwrap();
             }
             Origin::Inherit => {
                 let context = RequestContext::current().with_inherited(Heir(case));
@@ -405,7 +436,7 @@ where
             return Poll::Pending;
         }
         self.case.at(Origin::LaterPoll);
-        if self.case.origin == Origin::HalfWay {
+        if matches!(self.case.origin, Origin::HalfWay | Origin::TaskFailsHead) {
             return Poll::Pending;
         }
         self.inner.as_mut().poll(cx).map_ok(|response| {
@@ -455,6 +486,10 @@ impl<B: Body> Body for ScriptedBody<B> {
                 return Poll::Pending;
             }
             self.case.at(Origin::BodyLater);
+            if self.case.origin == Origin::TaskFailsBody {
+                self.case.reached.notify_one();
+                return Poll::Pending;
+            }
         }
         let frame = std::task::ready!(self.inner.as_mut().poll_frame(cx));
         self.frames += 1;
@@ -827,6 +862,8 @@ async fn holds(protocol: Protocol) {
                 Origin::NestedTask,
                 Origin::TaskDrop,
                 Origin::Blocking,
+                Origin::TaskFailsHead,
+                Origin::TaskFailsBody,
             ];
             panicked += u64::from(in_task.contains(&origin));
             assert_eq!(totals.panicked, panicked, "{what}");
@@ -918,7 +955,9 @@ async fn beside_catch_panic_of_tower_http() {
         // They have no such callback, or no tasks.
         if matches!(
             origin,
-            Origin::MakeOnPanic
+            Origin::TaskFailsHead
+                | Origin::TaskFailsBody
+                | Origin::MakeOnPanic
                 | Origin::OnPanic
                 | Origin::MakeValue
                 | Origin::Inherit
