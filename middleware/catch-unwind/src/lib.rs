@@ -12,6 +12,9 @@
 //! | drop of the future half-way, drop of the body | no difference | no difference | no difference |
 //! | `poll_ready` | goes on | goes on | goes on |
 //!
+//! A layer inside may ask for hints before it hands the response over, as `tower-response-end` and
+//! `tower-task-set` do: a panic of theirs is then one of the future.
+//!
 //! A panic of `poll_ready` is logged and goes on, since there is no request to answer and the
 //! service is broken.
 //!
