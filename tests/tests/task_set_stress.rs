@@ -24,7 +24,7 @@ use tokio::{
 use tower::{Layer, Service, service_fn};
 use tower_tasks::{
     AtEnd, End, SpawnError, SpawnLimit, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
-    task_set::{Counts, Snapshot, assert_drained},
+    task_set::{Counts, NewTask, Snapshot, assert_drained},
 };
 
 /// How long the storm lasts: until this many spawns were tried, or so long at most.
@@ -134,21 +134,12 @@ impl Storm {
                 _ => {}
             }
         });
-        let mut task = match set {
-            Some(set) => set.task(name),
-            None => self.tasks.task(name),
-        };
-        if dice.one_in(3) {
-            task = task.at_end(lifetime(dice));
-        }
-        if dice.one_in(8) {
-            task = task.on(end(dice), lifetime(dice));
-        }
-        if dice.one_in(8) {
-            task = task.timeout(Duration::from_millis(dice.below(5)));
-        }
         self.own.attempted.fetch_add(1, Relaxed);
-        match task.spawn(future) {
+        let spawned = match set {
+            Some(set) => choose(set.task(name), dice).spawn(future),
+            None => choose(self.tasks.task(name), dice).spawn(future),
+        };
+        match spawned {
             Ok(handle) => {
                 if dice.one_in(6) {
                     handle.cancel();
@@ -224,6 +215,19 @@ impl Storm {
             }
         }
     }
+}
+
+fn choose<'a, O>(mut task: NewTask<'a, O>, dice: &mut Dice) -> NewTask<'a, O> {
+    if dice.one_in(3) {
+        task = task.at_end(lifetime(dice));
+    }
+    if dice.one_in(8) {
+        task = task.on(end(dice), lifetime(dice));
+    }
+    if dice.one_in(8) {
+        task = task.timeout(Duration::from_millis(dice.below(5)));
+    }
+    task
 }
 
 fn lifetime(dice: &mut Dice) -> AtEnd {
