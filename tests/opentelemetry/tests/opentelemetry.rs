@@ -8,6 +8,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Empty};
 use opentelemetry::{
@@ -127,7 +128,7 @@ async fn serve(trust: Trust, headers: &[(&'static str, &str)]) -> (Seen, HeaderM
         let _ = plain.unwrap().await.unwrap();
         blocking.unwrap().await.unwrap();
         drop(kept.unwrap());
-        Ok::<_, Infallible>(Response::new(Empty::<&[u8]>::new()))
+        Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
     });
     let layer = TraceIdLayer::new().trust(trust).on_span(bridge);
     let service =
