@@ -41,7 +41,7 @@ use crate::{AtEnd, Http, NoTaskSet, Plain, SpawnError, Stopped, TaskError, TaskH
 ///     .layer(TaskSetLayer::new(&tasks))
 ///     .layer(ShieldLayer::new("transfer"))
 ///     .service(service_fn(async |_: Request<()>| {
-///         tokio::task::yield_now().await; // Take it from one, give it to the other.
+///         tokio::time::sleep(std::time::Duration::from_millis(50)).await; // Give and take.
 ///         Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
 ///     }));
 ///
