@@ -21,6 +21,7 @@ use crate::{
     AtEnd, Group, GroupError, StopToken, TaskError, TaskRegistry,
     reaper::Who,
     set::{Refusal, Set, Ticket},
+    sync::OwnedNotified,
     task::{Cause, Graceful, Member, Order, Outcome, Tracked},
     task_set::{Plan, TaskOwner},
 };
@@ -51,7 +52,7 @@ fn enter(set: &Arc<Set>) -> Result<Member, SpawnError> {
     match set.enter(&plan(), None) {
         Ok(ticket) => Ok(ticket.member(set)),
         Err(Refusal::Because(reason)) => Err(reason),
-        Err(Refusal::Gone) => panic!("only a set of the registry is gone"),
+        Err(refusal) => panic!("only a set of the registry is gone, and nobody waits: {refusal:?}"),
     }
 }
 
@@ -311,7 +312,7 @@ fn a_set_of_the_registry_that_just_emptied_is_replaced_by_another() {
                     break set;
                 }
                 Err(Refusal::Gone) => {}
-                Err(Refusal::Because(reason)) => panic!("refused: {reason}"),
+                Err(refusal) => panic!("refused: {refusal:?}"),
             }
         };
         task.join().unwrap();
@@ -458,11 +459,12 @@ fn a_deadline_that_lapses_late_does_not_hit_the_next_task_in_the_same_place() {
 struct Entered(Arc<Set>);
 
 impl TaskOwner for Entered {
-    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
-        match self.0.enter(plan, None) {
-            Ok(ticket) => Ok((self.0.clone(), ticket)),
-            Err(refusal) => panic!("{refusal:?}"),
-        }
+    fn try_admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal> {
+        self.0.enter(plan, None).map(|ticket| (self.0.clone(), ticket))
+    }
+
+    fn changed(&self) -> OwnedNotified {
+        self.0.changed()
     }
 
     fn count_refused(&self, plan: &Plan) {

@@ -691,7 +691,7 @@ impl Plan {
     ) -> (Self, StopToken) {
         let stop = Arc::<Stop>::default();
         let choice = Choice { stop: Some(stop.clone()), ..Choice::default() };
-        (Self { name, site, choice: Some(choice) }, StopToken::new(stop))
+        (Self { choice: Some(choice), ..Self::new(name, site) }, StopToken::new(stop))
     }
 
     pub(crate) const fn has_choices(&self) -> bool {
