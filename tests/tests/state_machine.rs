@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body, Frame};
 use proptest::{collection::vec, option, prelude::*};
@@ -492,7 +493,7 @@ impl Served {
 struct Ends(UnboundedReceiver<End>);
 
 impl Body for Ends {
-    type Data = &'static [u8];
+    type Data = Bytes;
     type Error = ();
 
     fn poll_frame(
