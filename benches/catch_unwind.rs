@@ -1,6 +1,5 @@
 //! What `catch-unwind` costs a poll when nothing panics, in instructions.
 #![expect(clippy::print_stdout, reason = "a bench prints what it measures")]
-#![expect(clippy::cast_precision_loss, reason = "no figure is that large")]
 
 use std::{
     convert::Infallible,
