@@ -56,22 +56,26 @@ async fn it_is_a_task_until_it_returns_and_keeps_its_permit() {
     assert_ledger(&tasks, "completed 1");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn it_is_told_to_end_and_why() {
     let tasks = TaskRegistry::new();
     let (tell, told) = mpsc::channel();
-    let waits = |stop: StopToken| {
-        while !stop.is_cancelled() {
-            std::thread::yield_now();
+    let closure = || {
+        let tell = tell.clone();
+        move |stop: StopToken| {
+            tell.send(()).unwrap();
+            while !stop.is_cancelled() {
+                std::thread::yield_now();
+            }
+            stop.cause()
         }
-        stop.cause()
     };
-    let task = tasks.spawn_blocking("blocking", move |stop| {
-        tell.send(()).unwrap();
-        waits(stop)
-    });
+    let task = tasks.spawn_blocking("blocking", closure());
+    let timed = tasks.task("timed").timeout(Duration::from_secs(1)).spawn_blocking(closure());
+    // One that is told before it starts does not run.
     told.recv().unwrap();
-    let timed = tasks.task("timed").timeout(Duration::from_millis(1)).spawn_blocking(waits);
+    told.recv().unwrap();
+    tokio::time::advance(Duration::from_secs(1)).await;
     assert_eq!(outcome(timed.unwrap()).await, Yield::Completed(Some(Cause::TimedOut)));
     tasks.cancel_all();
     assert_eq!(outcome(task.unwrap()).await, Yield::Completed(Some(Cause::Shutdown)));
