@@ -108,7 +108,8 @@ pub struct LiveTask {
     pub site: &'static Location<'static>,
     /// How long it has lived, at most. It counts from its first await, to 16 ms; in a set of more
     /// than eight tasks, from the first await of one of the seven before it. Of a task that has not
-    /// come to an await yet it is the age of its set.
+    /// come to an await yet, or was spawned in the poll in which the set was first asked for, it is
+    /// the age of its set.
     #[cfg_attr(feature = "serde", serde(rename = "age_ms", serialize_with = "text::millis"))]
     pub age: Duration,
     /// What it is doing.
@@ -245,6 +246,8 @@ impl Kind {
 pub(crate) struct Base {
     index: HashMap<(usize, usize), usize, BuildHasherDefault<AddressHasher>>,
     counts: Vec<(&'static str, Counts)>,
+    /// Where the last name is in them: mostly that of the next too.
+    last: usize,
     pub(crate) forced: Vec<ForcedTask>,
 }
 
@@ -252,14 +255,18 @@ impl Base {
     pub(crate) fn add(&mut self, name: &'static str, counts: Counts) {
         let address = (name.as_ptr() as usize, name.len());
         let known = self.counts.len();
-        let index = match self.index.get(&address) {
-            Some(index) => *index,
-            None if known < NAMES_MAX => {
-                self.index.insert(address, known);
-                known
-            }
-            None => NAMES_MAX,
+        let index = match self.counts.get(self.last) {
+            Some((last, _)) if std::ptr::eq(*last, name) => self.last,
+            _ => match self.index.get(&address) {
+                Some(index) => *index,
+                None if known < NAMES_MAX => {
+                    self.index.insert(address, known);
+                    known
+                }
+                None => NAMES_MAX,
+            },
         };
+        self.last = index;
         if index == known {
             self.counts.push((if known < NAMES_MAX { name } else { OTHER }, Counts::default()));
         }

@@ -120,6 +120,12 @@ pub(crate) fn is_current(set: &Arc<Set>) -> bool {
     slot_of(set).is_some()
 }
 
+/// Whether `set` is the current one, and was made in the poll that runs here.
+#[inline]
+pub(crate) fn is_just_made(set: &Arc<Set>) -> bool {
+    slot_of(set) == Some(JUST_MADE)
+}
+
 /// Whether nothing is current.
 #[inline]
 pub(crate) fn is_nowhere() -> bool {

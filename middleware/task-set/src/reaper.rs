@@ -75,6 +75,7 @@ impl Runtime {
 
     /// Whether it still runs tasks. Asked from outside it costs a spawn, for there is no other way
     /// to see.
+    #[inline(never)]
     pub(crate) fn is_alive(&self) -> bool {
         if Handle::try_current().is_ok_and(|here| here.id() == self.handle.id()) {
             return true;

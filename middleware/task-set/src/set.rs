@@ -4,7 +4,7 @@ mod reading;
 
 use std::{
     any::Any,
-    fmt,
+    fmt, mem,
     panic::Location,
     pin::pin,
     sync::{Arc, OnceLock},
@@ -35,7 +35,7 @@ use crate::{
 
 pub(crate) use home::Home;
 
-use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, Stage};
+use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, NOT_YET, Stage, Watch};
 
 /// So many tasks are woken for each lock.
 const WAKERS: usize = 32;
@@ -217,6 +217,9 @@ impl Set {
         if Limits::are_here() || !self.limits.is_empty() {
             full = self.take_permits(plan, &mut home).err();
         }
+        // In the poll that has made the set its tasks are as old as that. The clock costs more than
+        // all else of a spawn.
+        let since = if place::is_just_made(self) { 0 } else { NOT_YET };
         let mut inner = self.lock();
         let lifetime = match self.may_enter(&inner, plan, full) {
             Ok(lifetime) => lifetime,
@@ -226,13 +229,12 @@ impl Set {
                 return Err(refusal);
             }
         };
-        let kind = inner.kind(plan);
-        let count = &mut inner.kinds[usize::from(kind)];
+        let (kind, count) = inner.kind(plan);
         count.attempted += 1;
         count.spawned += 1;
         let full = count.is_full();
         inner.live += 1;
-        let (slot, generation) = inner.take_slot(kind);
+        let (slot, generation) = inner.take_slot(kind, since);
         let observed = self.config.observer.is_some();
         let has_extra = plan.has_choices() || lifetime.is_some() || home.is_some() || observed;
         if has_extra {
@@ -258,7 +260,11 @@ impl Set {
         let extra = self.new_extra(&inner, plan, runtime, slot, lifetime, home);
         let keys = [extra.timeout, extra.lifetime.and_then(|lifetime| lifetime.key)];
         inner.extras.insert(slot, extra);
+        let put_off = mem::replace(&mut inner.watch, Watch::Needed) == Watch::PutOff;
         drop(inner);
+        if put_off {
+            self.watch_deadline();
+        }
         if let (Some((at, _)), Some(runtime)) = (keys.into_iter().flatten().min(), runtime) {
             runtime.wind(at);
         }
@@ -396,6 +402,8 @@ impl Set {
     }
 
     /// Counts a refusal.
+    #[cold]
+    #[inline(never)]
     fn refuse(
         self: &Arc<Self>,
         mut inner: MutexGuard<'_, Inner>,
@@ -410,8 +418,7 @@ impl Set {
             self.owner().refuse_late(self.place, plan.name);
             return Refusal::Because(reason);
         }
-        let kind = inner.kind(plan);
-        let count = &mut inner.kinds[usize::from(kind)];
+        let (_, count) = inner.kind(plan);
         count.attempted += 1;
         count.refused += 1;
         let full = count.is_full();
@@ -434,16 +441,25 @@ impl Set {
 
     /// The runtime, if it still runs tasks.
     fn live_runtime(self: &Arc<Self>) -> Option<&Arc<Runtime>> {
-        let runtime = match self.runtime() {
+        let runtime = match &self.runtime {
             Some(runtime) => runtime,
-            None => {
-                let here = self.owner().runtime(Handle::try_current().ok()?);
-                self.late_runtime.get_or_init(|| here)
-            }
+            None => self.late_runtime()?,
         };
         // The set's own code runs on a runtime that lives; if it is not another's that was chosen.
         let is_here = self.config.runtime.is_none() && place::is_current(self);
         (is_here || runtime.is_alive()).then_some(runtime)
+    }
+
+    /// That of the first spawn.
+    // Out of line, as is all that is rare: it would make room on the stack of every spawn.
+    #[cold]
+    #[inline(never)]
+    fn late_runtime(&self) -> Option<&Arc<Runtime>> {
+        if self.late_runtime.get().is_none() {
+            let here = self.owner().runtime(Handle::try_current().ok()?);
+            let _ = self.late_runtime.set(here);
+        }
+        self.late_runtime.get()
     }
 
     /// Notes a deadline, if there is one and a runtime that keeps it.
@@ -483,16 +499,20 @@ impl Set {
     pub(crate) fn wait(&self, slot: u32, waker: &Waker) -> Option<Order> {
         let waker = waker.clone();
         let mut inner = self.lock();
-        let since = inner.ticks(self.born);
+        let put_off = mem::replace(&mut inner.watch, Watch::Needed) == Watch::PutOff;
+        if inner.tasks[slot as usize].since == NOT_YET {
+            inner.tasks[slot as usize].since = inner.ticks(self.born);
+        }
         let order = inner.order(slot);
-        let entry = &mut inner.tasks[slot as usize];
-        entry.since = since;
         let unneeded = match order {
-            None => entry.waker.replace(waker),
+            None => inner.tasks[slot as usize].waker.replace(waker),
             Some(_) => Some(waker),
         };
         drop(inner);
         drop(unneeded);
+        if put_off {
+            self.watch_deadline();
+        }
         order
     }
 
@@ -636,6 +656,10 @@ impl Set {
             news.earliest = lifetime.until;
         }
         let is_far = lifetime.is_far();
+        let watch = is_far && inner.watch == Watch::Needed;
+        if is_far && !watch {
+            inner.watch = Watch::PutOff;
+        }
         inner.lifetime = Some(lifetime);
         for (slot, extra) in &mut inner.extras {
             let Some(policy) = &extra.policy else {
@@ -654,8 +678,8 @@ impl Set {
             extra.lifetime = Some(lifetime);
         }
         drop(inner);
-        if let (true, Some(runtime)) = (is_far, self.runtime()) {
-            runtime.expect();
+        if watch {
+            self.watch_deadline();
         }
         self.spread(news);
         notify(changed);
@@ -721,6 +745,14 @@ impl Set {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Sees to it that the reaper looks for the deadline of its tasks, which is far away.
+    #[inline(never)]
+    fn watch_deadline(&self) {
+        if let Some(runtime) = self.runtime() {
+            runtime.expect();
         }
     }
 

@@ -58,13 +58,12 @@ impl Set {
     #[inline]
     pub(super) fn new_home(&self, plan: &Plan) -> Option<Box<Home>> {
         let elsewhere = Scope::other_than(&self.context);
-        if elsewhere.is_none() && !self.wants_spans() {
+        if elsewhere.is_none() && !self.context.inherits() {
             return None;
         }
         self.new_home_in(elsewhere, plan)
     }
 
-    #[inline]
     fn wants_spans(&self) -> bool {
         // The code of whoever made the values.
         self.context.inherits()
@@ -73,6 +72,9 @@ impl Set {
 
     #[inline(never)]
     fn new_home_in(&self, elsewhere: Option<RequestContext>, plan: &Plan) -> Option<Box<Home>> {
+        if elsewhere.is_none() && !self.wants_spans() {
+            return None;
+        }
         let context = elsewhere.as_ref().unwrap_or(&self.context);
         let kept = self.is_kept(&self.lock(), plan.policy());
         let task = Task::new(plan.name, plan.site).kept(kept);

@@ -59,6 +59,7 @@ pub(super) struct Inner {
     pub(super) changed: Option<Arc<Notify>>,
     /// What the request has of its share, once somebody waits for that. `live` says it before.
     pub(super) share: Option<SpawnLimit>,
+    pub(super) watch: Watch,
     /// Of tasks that panicked in their drop, for their handles: the runtime knows only what they
     /// panicked with. The last few, for nobody may ask.
     drop_panics: Vec<(u32, u16, Panic)>,
@@ -79,6 +80,17 @@ pub(super) struct Deadline {
     pub(super) key: Option<Key>,
 }
 
+/// Whether somebody must look for the deadline of the tasks when the response is over. It cannot be
+/// kept before one of them awaits, and many a set has only tasks that never do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Watch {
+    Unneeded,
+    /// The response is over.
+    PutOff,
+    /// A task has awaited, or is told by other means.
+    Needed,
+}
+
 /// Who counts what is attempted here.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -94,7 +106,7 @@ pub(super) enum Stage {
 pub(super) struct Entry {
     /// Registered at the first await, taken out when the task is told something.
     pub(super) waker: Option<Waker>,
-    /// When it first awaited: in ticks since the set was made.
+    /// When it first awaited, or 0 if it is as old as its set: in ticks since that was made.
     pub(super) since: u32,
     pub(super) kind: u16,
     /// Which of the tasks that come to be in this place one after another.
@@ -105,6 +117,8 @@ pub(super) struct Entry {
 pub(super) const TICKS: u32 = 64;
 /// As `Entry::kind`: nobody is here.
 pub(super) const FREE: u16 = u16::MAX;
+/// As `Entry::since`: it has not awaited yet.
+pub(super) const NOT_YET: u32 = u32::MAX;
 /// So many kinds a set tells apart; what is more is counted as one other.
 pub(super) const KINDS_MAX: usize = FREE as usize - 1;
 /// So many kinds are looked through one by one.
@@ -224,6 +238,7 @@ impl Inner {
             idle: None,
             changed: None,
             share: None,
+            watch: Watch::Unneeded,
             drop_panics: Vec::new(),
             forced: None,
             response: None,
@@ -292,11 +307,13 @@ impl Inner {
     }
 
     #[inline]
-    pub(super) fn kind(&mut self, plan: &Plan) -> u16 {
-        match self.kinds.first() {
+    pub(super) fn kind(&mut self, plan: &Plan) -> (u16, &mut Kind) {
+        let kinds = &*self.kinds;
+        let kind = match kinds.first() {
             Some(first) if first.is(plan.name, plan.site) => 0,
             _ => self.other_kind(plan),
-        }
+        };
+        (kind, &mut self.kinds[usize::from(kind)])
     }
 
     #[inline(never)]
@@ -337,24 +354,24 @@ impl Inner {
             let age = born.elapsed();
             let ticks = u64::from(age.subsec_nanos() / (1_000_000_000 / TICKS));
             let ticks = age.as_secs().saturating_mul(TICKS.into()).saturating_add(ticks);
-            self.ticks = u32::try_from(ticks).unwrap_or(u32::MAX);
+            self.ticks = u32::try_from(ticks).unwrap_or(NOT_YET - 1);
             self.ticks_used = 0;
         }
         self.ticks
     }
 
     #[inline]
-    pub(super) fn take_slot(&mut self, kind: u16) -> (u32, u16) {
+    pub(super) fn take_slot(&mut self, kind: u16, since: u32) -> (u32, u16) {
         if let Some(entry) = self.tasks.get_mut(self.free as usize) {
             let slot = std::mem::replace(&mut self.free, entry.since);
-            entry.since = 0;
+            entry.since = since;
             entry.kind = kind;
             return (slot, entry.generation);
         }
         if self.tasks.len() == self.tasks.capacity() {
             self.grow();
         }
-        self.tasks.push(Entry { waker: None, since: 0, kind, generation: 0 });
+        self.tasks.push(Entry { waker: None, since, kind, generation: 0 });
         // A million tasks are some 300 MB: there are no 4 billion.
         (u32::try_from(self.tasks.len() - 1).unwrap_or(NONE), 0)
     }
@@ -389,8 +406,9 @@ impl Inner {
     }
 }
 
-/// So many ticks as time.
-pub(super) fn in_ticks(ticks: u32) -> Duration {
+/// How old the set was at `Entry::since`. What has not awaited is taken to be as old as that.
+pub(super) fn in_ticks(since: u32) -> Duration {
+    let ticks = if since == NOT_YET { 0 } else { since };
     Duration::from_secs(1) * ticks / TICKS
 }
 

@@ -582,6 +582,55 @@ async fn when_no_deadline_is_left_nothing_runs_that_is_not_a_task_of_somebody() 
     assert_eq!(outcome(task).await, Yield::TimedOut);
 }
 
+#[tokio::test(start_paused = true)]
+async fn tasks_that_end_without_an_await_start_nothing_that_keeps_their_deadline() {
+    let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let tasks = TaskRegistry::new();
+    let request = serve(&TaskSetLayer::new(&tasks));
+    let task = request.set.spawn("task", async {}).unwrap();
+    request.end(End::Completed);
+    task.await.unwrap();
+    assert_eq!(alive(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_task_that_first_awaits_after_its_response_has_its_time_from_the_end_on() {
+    let tasks = TaskRegistry::new();
+    let request = serve(&TaskSetLayer::new(&tasks).at_end(AtEnd::Drain(secs(10))));
+    let ended = Instant::now();
+    let task = request.set.spawn("task", forever()).unwrap();
+    request.end(End::Completed);
+    assert_eq!(outcome(task).await, Yield::Cancelled(Cause::Completed));
+    assert_eq!(ended.elapsed(), secs(10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_closure_that_is_spawned_after_the_response_by_a_task_that_never_awaits_is_told_in_time()
+{
+    let tasks = TaskRegistry::new();
+    let request = serve(&TaskSetLayer::new(&tasks).at_end(AtEnd::Drain(secs(10))));
+    let set = request.set.clone();
+    let (start, started) = std::sync::mpsc::channel();
+    let spawns = request.set.spawn("spawns", async move {
+        let blocks = set.spawn_blocking("blocks", move |stop| {
+            start.send(()).unwrap();
+            while stop.cause().is_none() {
+                std::thread::yield_now();
+            }
+            stop.cause()
+        });
+        blocks.unwrap()
+    });
+    request.end(End::Completed);
+    let blocks = spawns.unwrap().await.unwrap();
+    started.recv().unwrap();
+    tokio::time::advance(secs(9)).await;
+    settle().await;
+    assert!(!blocks.is_finished());
+    tokio::time::advance(secs(2)).await;
+    assert_eq!(outcome(blocks).await, Yield::Completed(Some(Cause::Completed)));
+}
+
 // Children
 
 /// Spawns a child of these choices from a task with the lifetime `parent`, when this much of its
