@@ -321,6 +321,8 @@ impl HandScope {
     pub(crate) fn spawn(&self, name: &'static str, future: impl Task) {
         let token = self.token.clone();
         let permit = self.permits.as_ref().map(|permits| permits.clone().try_acquire_owned());
+        // Full: refused.
+        let Ok(permit) = permit.transpose() else { return };
         let task = async move {
             let _permit = permit;
             tokio::select! {
