@@ -8,7 +8,7 @@ use std::{
 };
 
 use http::{Request, Response};
-use http_body_util::Empty;
+use http_body_util::Full;
 use tokio::{
     runtime::{Builder, Runtime},
     sync::watch,
@@ -81,7 +81,7 @@ fn shut_down(count: usize, end: End, many: bool, workers: usize) -> f64 {
         let budget = if matches!(end, End::Finished) { Duration::MAX } else { Duration::ZERO };
         let shutdown = Shutdown::new(budget).without_signals().tasks(&tasks);
         let mut service = TaskSetLayer::new(&tasks).layer(service_fn(|_: Request<()>| {
-            let mut response = Response::new(Empty::<bytes::Bytes>::new());
+            let mut response = Response::new(Full::new(bytes::Bytes::from_static(b"to be read")));
             response.extensions_mut().insert(TaskSet::current().expect("a layer is above"));
             ready(Ok::<_, Infallible>(response))
         }));

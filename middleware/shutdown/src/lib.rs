@@ -55,7 +55,7 @@
 //! | drain | after the [settle delay](Shutdown::settle), none by default | the server stops accepting; work outside of requests is refused; [`draining`](ShutdownWatch::draining) is ready |
 //! | cancel | the [grace](Shutdown::grace) before the deadline | requests end: 503 or gRPC status 14 before the head, an error or trailers after it. Tasks are told to end, for [`Cause::Shutdown`](tower_task_set::Cause::Shutdown). No spawn and no request is accepted |
 //! | abort | at the deadline | graceful tasks have no grace any more |
-//! | over | 100 ms later | the report; the server is dropped |
+//! | over | 100 ms later, or up to a second while tasks become fewer | the report; the server is dropped |
 //!
 //! What is done is over at once: in the drain, requests in flight are waited for, then their tasks
 //! and those that are kept, as long as any part of the budget is left. Requests in flight and their

@@ -5,6 +5,8 @@ use tokio::time::Instant;
 /// How long destructors have after the end of the budget, and after a second signal.
 const LAST: Duration = Duration::from_millis(100);
 const LAST_IN_A_HURRY: Duration = Duration::from_millis(50);
+/// And at most, as long as they become fewer: there may be very many.
+const LAST_MAX: Duration = Duration::from_secs(1);
 /// The time of graceful tasks to end once they are told, unless chosen otherwise: a fifth of the
 /// budget, but no more than this.
 const GRACE_MAX: Duration = Duration::from_secs(1);
@@ -102,6 +104,13 @@ impl Course {
     /// When the budget is spent.
     pub(crate) const fn deadline(&self) -> Option<Instant> {
         self.ends[Phase::Cancelling as usize]
+    }
+
+    /// What was told to end does so, but is not done: it has another while, and so on, up to a bound.
+    pub(crate) fn go_on(&mut self, now: Instant) {
+        let most = self.deadline().and_then(|deadline| deadline.checked_add(LAST_MAX));
+        let end = &mut self.ends[Phase::Aborting as usize];
+        *end = (*end).max(now.checked_add(LAST_IN_A_HURRY)).into_iter().chain(most).min();
     }
 
     /// The server accepts nothing already: there is nobody to wait for a load balancer for.
@@ -242,6 +251,20 @@ mod tests {
         assert_eq!(course.step(now, false), Some(Cancelling));
         assert_eq!(course.step(now, false), Some(Aborting));
         assert_eq!(course.step(now + LAST_IN_A_HURRY, false), Some(Over));
+    }
+
+    #[test]
+    fn what_becomes_fewer_has_another_while_but_a_second_at_most() {
+        let began = Instant::now();
+        let mut course = Course::new(&plan(0, 0, None), began);
+        while course.step(began, false).is_some() {}
+        let mut now = began;
+        for _ in 0..100 {
+            now = course.end().expect("it has one");
+            course.go_on(now);
+        }
+        assert_eq!(now, began + LAST_MAX);
+        assert_eq!(course.step(now, false), Some(Over));
     }
 
     #[test]

@@ -198,6 +198,7 @@ impl Shutdown {
         let mut alarm = Alarm::new();
         let mut left = pin!(self.left());
         let mut pulse = Box::pin(state.pulse());
+        let mut still = 0;
         let report = poll_fn(|cx| {
             state.beat();
             // Made anew before anything is looked at: what comes after that is not missed.
@@ -220,6 +221,13 @@ impl Shutdown {
                 course.hurry(now);
             }
             loop {
+                if course.phase() == Phase::Aborting && course.end().is_some_and(|end| end <= now) {
+                    let tasks = state.left().1;
+                    if tasks > 0 && tasks < still {
+                        course.go_on(now);
+                    }
+                    still = tasks;
+                }
                 let is_draining = course.phase() >= Phase::Draining;
                 let done = is_draining && server.has_ended() && left.as_mut().poll(cx).is_ready();
                 match course.step(now, done) {
@@ -227,7 +235,12 @@ impl Shutdown {
                     Some(Phase::Settling) => {}
                     Some(Phase::Draining) => state.drain(),
                     Some(Phase::Cancelling) => state.cancel(),
-                    Some(Phase::Aborting) => state.abort(),
+                    Some(Phase::Aborting) => {
+                        state.abort();
+                        // To tell very many takes a while too.
+                        course.go_on(Instant::now());
+                        still = state.left().1;
+                    }
                     // Before the server is dropped: what goes with it was not done.
                     Some(Phase::Over) => return Poll::Ready(state.over(server.has_ended())),
                 }
