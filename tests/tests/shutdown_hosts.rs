@@ -164,7 +164,7 @@ async fn wait(tasks: TaskSet, State(app): State<App>) -> &'static str {
 
 async fn stuck(State(app): State<App>) {
     app.enters.send(()).unwrap();
-    pending().await;
+    pending::<()>().await;
 }
 
 async fn endless() -> Body {
