@@ -148,7 +148,11 @@ async fn by_hand(listener: TcpListener, app: Router, shutdown: Shutdown) -> Repo
         connections.spawn(connection.into_owned());
     }
     drop(listener);
-    shutdown.finish().await
+    let report = shutdown.finish().await;
+    // What was handed to a connection is still to be written; one that is idle does not end.
+    let written = async { while connections.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(Duration::from_millis(100), written).await;
+    report
 }
 
 // The handlers
@@ -215,6 +219,7 @@ async fn what_is_in_flight_is_answered_and_its_tasks_are_done() {
         site.entered.wait().await;
         site.entered.wait().await;
         site.shutdown.begin();
+        site.shutdown.watch().draining().await;
         site.gate.add_permits(4);
 
         let head = one.read_head().await;

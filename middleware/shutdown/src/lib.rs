@@ -71,7 +71,7 @@
 //! | axum | `shutdown.run(axum::serve(listener, app).with_graceful_shutdown(shutdown.signalled()))` |
 //! | tonic | `shutdown.run(Server::builder().add_routes(routes).serve_with_shutdown(addr, shutdown.signalled()))` |
 //! | hyper-util | accept until `signalled()`, then `GracefulShutdown::shutdown()`; all of it in one future that [`run`](Shutdown::run) drives |
-//! | by hand | accept until `signalled()`, then [`finish`](Shutdown::finish), then drop the connections |
+//! | by hand | accept until `signalled()`, then [`finish`](Shutdown::finish); then give the connections a moment, 100 ms, to write what was handed to them, and drop them |
 //!
 //! Each of them is in `tests/` of the repository. What they need of their own:
 //!

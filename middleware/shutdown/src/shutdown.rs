@@ -177,7 +177,9 @@ impl Shutdown {
     /// Drains now, for hosts that are driven by hand: when they accept nothing more. Returns when
     /// requests and tasks are done, or the budget is spent.
     ///
-    /// Connections are the host's: it has to tell them to end, and to drop them afterwards.
+    /// Connections are the host's: it has to tell them to end, and to drop them afterwards. Not at
+    /// once: a request is done when its response was handed to its connection, which has to write
+    /// it still.
     ///
     /// # Cancel safety
     ///
