@@ -294,7 +294,7 @@ impl Set {
             return Err(Denial::Full(full));
         }
         if let Some(limit) = &self.config.limit {
-            match &inner.share {
+            match inner.share() {
                 None if self.own || (inner.live as usize) < limit.limit_per_request() => {}
                 None => return Err(Denial::Share),
                 Some(share) if plan.take(share) => {}
@@ -322,7 +322,7 @@ impl Set {
             (Denial::Share, Some(limit)) if plan.waits() => {
                 let live = inner.live;
                 // From now on this counts what the set has.
-                let share = inner.share.get_or_insert_with(|| {
+                let share = inner.rare_mut().share.get_or_insert_with(|| {
                     let share = limit.share();
                     for _ in 0..live {
                         share.try_take();
@@ -336,7 +336,7 @@ impl Set {
             (Denial::Because(reason), _) => return self.refuse(inner, plan, reason),
         };
         let is_own = self.config.limit.as_ref().is_some_and(|limit| limit.ptr_eq(&full));
-        let taken = inner.share.clone().filter(|_| is_own);
+        let taken = inner.share().cloned().filter(|_| is_own);
         let refusal = if plan.waits() {
             drop(inner);
             Refusal::Full(full)
@@ -545,7 +545,7 @@ impl Set {
             self.forget(inner.extras.remove(&slot).and_then(|extra| extra.grace_key));
         }
         inner.live -= 1;
-        let share = inner.share.clone();
+        let share = inner.share().cloned();
         if inner.live == 0 {
             self.leave_last(inner);
         } else {
@@ -559,7 +559,7 @@ impl Set {
 
     #[inline(never)]
     fn leave_last(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
-        let idle = inner.idle.take();
+        let idle = inner.rare.as_mut().and_then(|rare| rare.idle.take());
         self.forget(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
         let over = inner.is_over(self.own);
         drop(inner);
@@ -628,7 +628,7 @@ impl Set {
         inner.end = Some(end);
         // Wakers are the code of others.
         let waker = inner.response.take();
-        if let Some(deadline) = &mut inner.deadline {
+        if let Some(deadline) = inner.deadline_mut() {
             self.forget(deadline.key.take());
         }
         self.end_tasks(inner, end);
@@ -636,7 +636,7 @@ impl Set {
     }
 
     fn end_tasks(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, end: End) {
-        let changed = inner.changed.take();
+        let changed = inner.take_changed();
         if inner.live == 0 || inner.cancelled {
             let over = inner.is_over(self.own);
             drop(inner);
@@ -688,14 +688,15 @@ impl Set {
     /// The response has to be over by then, or by an earlier time that was said before.
     pub(crate) fn limit_time(self: &Arc<Self>, at: Instant) {
         let mut inner = self.lock();
-        if inner.end.is_some() || inner.deadline.as_ref().is_some_and(|known| known.at <= at) {
+        if inner.end.is_some() || inner.deadline().is_some_and(|known| known.at <= at) {
             return;
         }
-        if let Some(known) = inner.deadline.take() {
+        let deadline = &mut inner.rare_mut().deadline;
+        if let Some(known) = deadline.take() {
             self.forget(known.key);
         }
         let key = self.note(self.runtime(), Some(at), Who::Response);
-        inner.deadline = Some(Box::new(Deadline { at, key }));
+        *deadline = Some(Deadline { at, key });
         drop(inner);
         if let Some(runtime) = self.runtime() {
             runtime.wind(at);
@@ -703,13 +704,13 @@ impl Set {
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.lock().deadline.as_ref().map(|deadline| deadline.at)
+        self.lock().deadline().map(|deadline| deadline.at)
     }
 
     /// Whether the response is to fail; if not, wakes `cx` when it is.
     pub(crate) fn poll_failed(&self, cx: &Context<'_>) -> Poll<Panic> {
         let inner = self.lock();
-        if let Some(panic) = &inner.failed {
+        if let Some(panic) = inner.failed() {
             return Poll::Ready(panic.clone());
         }
         let is_known = inner.response.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
@@ -720,7 +721,7 @@ impl Set {
         let waker = cx.waker().clone();
         let mut inner = self.lock();
         let old = inner.response.replace(waker);
-        let failed = inner.failed.clone();
+        let failed = inner.failed().cloned();
         drop(inner);
         drop(old);
         failed.map_or(Poll::Pending, Poll::Ready)
@@ -737,7 +738,7 @@ impl Set {
                 self.cancel(Cause::Sibling);
             }
             OnPanic::FailResponse if inner.end.is_none() => {
-                inner.failed.get_or_insert_with(|| panic.clone());
+                inner.rare_mut().failed.get_or_insert_with(|| panic.clone());
                 let waker = inner.response.take();
                 drop(inner);
                 if let Some(waker) = waker {
@@ -781,8 +782,7 @@ impl Set {
         let mut news = News::default();
         match who {
             Who::Response => {
-                let Some(deadline) = inner.deadline.as_mut().filter(|own| own.key == Some(key))
-                else {
+                let Some(deadline) = inner.deadline_mut().filter(|own| own.key == Some(key)) else {
                     return;
                 };
                 deadline.key = None;
@@ -864,7 +864,7 @@ impl Set {
         }
         // Here, so that whoever finds it cancelled under the lock sees it.
         self.orders.store(true, Ordering::Relaxed);
-        let changed = inner.changed.take();
+        let changed = inner.take_changed();
         drop(inner);
         self.spread(news);
         notify(changed);
@@ -977,12 +977,12 @@ impl Set {
         if self.own {
             return self.owner().changed();
         }
-        self.lock().changed.get_or_insert_default().clone().notified_owned()
+        self.lock().rare_mut().changed.get_or_insert_default().clone().notified_owned()
     }
 
     /// After a [`close`](Self::close), for which there are locks.
     pub(crate) fn tell_closed(&self) {
-        let changed = self.lock().changed.take();
+        let changed = self.lock().take_changed();
         notify(changed);
     }
 
@@ -1005,13 +1005,13 @@ impl Set {
     }
 
     fn policy<'a>(&'a self, inner: &'a Inner) -> &'a Policy {
-        inner.policy.as_deref().unwrap_or(&self.config.policy)
+        inner.rare.as_ref().and_then(|rare| rare.policy.as_ref()).unwrap_or(&self.config.policy)
     }
 
     /// Adds what was chosen on the set, or by a layer further inside.
     pub(crate) fn add_policy(&self, chosen: &Policy) {
         let mut inner = self.lock();
-        inner.policy.get_or_insert_with(|| Box::new(self.config.policy.clone())).add(chosen);
+        inner.rare_mut().policy.get_or_insert_with(|| self.config.policy.clone()).add(chosen);
     }
 
     /// Whether it could still be held.
@@ -1046,7 +1046,7 @@ impl Set {
                 }
                 // Made under the lock under which the last task looks for it, so that it cannot be
                 // missed.
-                inner.idle.get_or_insert_default().clone().notified_owned()
+                inner.rare_mut().idle.get_or_insert_default().clone().notified_owned()
             };
             notified.await;
         }
@@ -1064,8 +1064,8 @@ impl Set {
         for kind in &inner.kinds {
             base.add(kind.name, kind.counts(0));
         }
-        if let Some(forced) = inner.forced.take() {
-            reading::add_forced(&mut base.forced, *forced, trace_id);
+        if let Some(rare) = &mut inner.rare {
+            reading::add_forced(&mut base.forced, mem::take(&mut rare.forced), trace_id);
         }
         true
     }

@@ -26,13 +26,7 @@ use crate::{
 };
 
 pub(super) struct Inner {
-    /// What was chosen, once it differs from the layer's choice.
-    pub(super) policy: Option<Box<Policy>>,
     pub(super) kinds: SmallVec<[Kind; 4]>,
-    /// Where a name and site are in `kinds`, when these are many.
-    // Boxed, for nearly no set has one and all have to hold it.
-    #[expect(clippy::box_collection)]
-    pub(super) index: Option<Box<HashMap<(usize, usize), usize>>>,
     pub(super) tasks: SmallVec<[Entry; 4]>,
     /// The first entry that is free; its `since` is the next.
     pub(super) free: u32,
@@ -54,24 +48,33 @@ pub(super) struct Inner {
     pub(super) lifetime: Option<Lifetime>,
     pub(super) holds: u32,
     pub(super) held_end: Option<End>,
+    pub(super) watch: Watch,
+    /// Of the response, while it awaits.
+    pub(super) response: Option<Waker>,
+    pub(super) rare: Option<Box<Rare>>,
+}
+
+/// What few sets have. Apart, so that all others are small, and a task that ends has one thing to
+/// look at.
+#[derive(Default)]
+pub(super) struct Rare {
+    /// What was chosen, once it differs from the layer's choice.
+    pub(super) policy: Option<Policy>,
+    /// Where a name and site are in `kinds`, when these are many.
+    index: Option<HashMap<(usize, usize), usize>>,
     pub(super) idle: Option<Arc<Notify>>,
     /// For those who wait to spawn: told when that may be for nothing.
     pub(super) changed: Option<Arc<Notify>>,
     /// What the request has of its share, once somebody waits for that. `live` says it before.
     pub(super) share: Option<SpawnLimit>,
-    pub(super) watch: Watch,
     /// Of tasks that panicked in their drop, for their handles: the runtime knows only what they
     /// panicked with. The last few, for nobody may ask.
     drop_panics: Vec<(u32, u16, Panic)>,
     /// What a shutdown has ended.
-    // Boxed, as the index is.
-    #[expect(clippy::box_collection)]
-    pub(super) forced: Option<Box<Vec<ForcedTask>>>,
-    /// Of the response, while it awaits.
-    pub(super) response: Option<Waker>,
+    pub(super) forced: Vec<ForcedTask>,
     /// Why the response is to fail.
     pub(super) failed: Option<Panic>,
-    pub(super) deadline: Option<Box<Deadline>>,
+    pub(super) deadline: Option<Deadline>,
 }
 
 /// When the response has to be over. Kept here too, since nobody may poll the response by then.
@@ -218,9 +221,7 @@ impl Lifetime {
 impl Inner {
     pub(super) fn new(closed: bool, own: bool) -> Self {
         Self {
-            policy: None,
             kinds: SmallVec::new(),
-            index: None,
             tasks: SmallVec::new(),
             free: NONE,
             live: 0,
@@ -235,16 +236,36 @@ impl Inner {
             lifetime: own.then(|| Lifetime::begin(AtEnd::Keep)),
             holds: 0,
             held_end: None,
-            idle: None,
-            changed: None,
-            share: None,
             watch: Watch::Unneeded,
-            drop_panics: Vec::new(),
-            forced: None,
             response: None,
-            failed: None,
-            deadline: None,
+            rare: None,
         }
+    }
+
+    /// What few sets have, for this one.
+    pub(super) fn rare_mut(&mut self) -> &mut Rare {
+        self.rare.get_or_insert_default()
+    }
+
+    pub(super) fn share(&self) -> Option<&SpawnLimit> {
+        self.rare.as_ref()?.share.as_ref()
+    }
+
+    pub(super) fn failed(&self) -> Option<&Panic> {
+        self.rare.as_ref()?.failed.as_ref()
+    }
+
+    pub(super) fn deadline(&self) -> Option<&Deadline> {
+        self.rare.as_ref()?.deadline.as_ref()
+    }
+
+    pub(super) fn deadline_mut(&mut self) -> Option<&mut Deadline> {
+        self.rare.as_mut()?.deadline.as_mut()
+    }
+
+    /// What to tell those who wait to spawn.
+    pub(super) fn take_changed(&mut self) -> Option<Arc<Notify>> {
+        self.rare.as_mut()?.changed.take()
     }
 
     /// What the task in this slot is to do at its next await.
@@ -276,7 +297,7 @@ impl Inner {
             trace_id: extra.and_then(|extra| extra.trace_id),
             outcome,
         };
-        self.forced.get_or_insert_default().push(task);
+        self.rare_mut().forced.push(task);
     }
 
     /// Whether the task in this slot was told to end, be it that it may still go on.
@@ -318,7 +339,8 @@ impl Inner {
 
     #[inline(never)]
     fn other_kind(&mut self, plan: &Plan) -> u16 {
-        let found = match &self.index {
+        let index = self.rare.as_ref().and_then(|rare| rare.index.as_ref());
+        let found = match index {
             None => self.kinds.iter().position(|kind| kind.is(plan.name, plan.site)),
             Some(index) => index.get(&address(plan.name, plan.site)).copied(),
         };
@@ -336,9 +358,9 @@ impl Inner {
         self.kinds.push(Kind::new(if other { OTHER } else { plan.name }, plan.site));
         if self.kinds.len() > KINDS_LISTED {
             let kinds = &self.kinds;
-            let index = self.index.get_or_insert_with(|| {
+            let index = self.rare.get_or_insert_default().index.get_or_insert_with(|| {
                 let listed = kinds.iter().enumerate();
-                Box::new(listed.map(|(at, kind)| (address(kind.name, kind.site), at)).collect())
+                listed.map(|(at, kind)| (address(kind.name, kind.site), at)).collect()
             });
             index.insert(address(plan.name, plan.site), self.kinds.len() - 1);
         }
@@ -393,16 +415,19 @@ impl Inner {
     /// The task in this slot has panicked in its drop.
     pub(super) fn keep_drop_panic(&mut self, slot: u32, panic: Panic) {
         const MAX: usize = 8;
-        if self.drop_panics.len() == MAX {
-            self.drop_panics.remove(0);
+        let generation = self.tasks[slot as usize].generation;
+        let kept = &mut self.rare_mut().drop_panics;
+        if kept.len() == MAX {
+            kept.remove(0);
         }
-        self.drop_panics.push((slot, self.tasks[slot as usize].generation, panic));
+        kept.push((slot, generation, panic));
     }
 
     pub(super) fn take_drop_panic(&mut self, slot: u32, generation: u16) -> Option<Panic> {
         let is_its = |kept: &(u32, u16, Panic)| (kept.0, kept.1) == (slot, generation);
-        let at = self.drop_panics.iter().position(is_its)?;
-        Some(self.drop_panics.remove(at).2)
+        let kept = &mut self.rare.as_mut()?.drop_panics;
+        let at = kept.iter().position(is_its)?;
+        Some(kept.remove(at).2)
     }
 }
 

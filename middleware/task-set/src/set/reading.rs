@@ -94,7 +94,7 @@ impl Set {
             });
         }
         let kinds = inner.kinds.to_vec();
-        let forced = inner.forced.as_deref().cloned().unwrap_or_default();
+        let forced = inner.rare.as_ref().map(|rare| rare.forced.clone()).unwrap_or_default();
         drop(inner);
         Reading { kinds, tasks, forced, age: self.born.elapsed(), trace_id: self.trace_id() }
     }
