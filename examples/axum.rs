@@ -39,7 +39,7 @@ use axum::{
     Json, Router,
     body::Body,
     extract::{
-        Query, Request, State,
+        MatchedPath, Query, Request, State,
         ws::{Message, WebSocketUpgrade},
     },
     http::StatusCode,
@@ -76,7 +76,10 @@ fn router(app: App, shutdown: &Shutdown) -> Router {
     let layers = (
         TraceIdLayer::new(),
         CatchUnwindLayer::new(),
-        shutdown.layer(),
+        shutdown.layer().route(|request| {
+            let matched = request.extensions.get::<MatchedPath>()?;
+            Some(matched.as_str().to_owned().into())
+        }),
         ResponseEndLayer::new(|request: &Request| {
             let (method, path) = (request.method().clone(), request.uri().path().to_owned());
             move |end: End| tracing::info!(%method, path, ?end, "response")

@@ -310,7 +310,9 @@ async fn what_does_not_end_is_ended_at_the_deadline_whatever_its_connection_does
         assert!(read_all(stream.body_mut()).await.is_err(), "{host:?}: it is reset");
         let report = soon(site.report).await.unwrap();
         let over = report.took.saturating_sub(SHORT);
-        assert!(over < Duration::from_millis(250) * 5, "{host:?}: {report}");
+        // A machine that runs all tests at once may be slow; release builds are for one that has time.
+        let slack = if cfg!(debug_assertions) { 5 } else { 1 };
+        assert!(over < Duration::from_millis(250) * slack, "{host:?}: {report}");
         assert_eq!(report.requests.ended, 4, "{host:?}: {report}");
         assert_eq!((report.forced().len(), report.exit_code()), (4, 1), "{host:?}: {report}");
     }

@@ -41,6 +41,7 @@ impl InFlight {
         self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, admit).is_ok()
     }
 
+    #[cfg(test)]
     pub(crate) fn leave(&self) {
         if self.leave_silently() {
             self.tell();

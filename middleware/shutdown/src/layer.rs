@@ -1,5 +1,6 @@
 use std::{
-    fmt::{self, Write},
+    borrow::Cow,
+    fmt,
     marker::PhantomData,
     pin::Pin,
     sync::Arc,
@@ -7,12 +8,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{
-    HeaderValue, Method, Request, Response, StatusCode, Version, header, uri::PathAndQuery,
-};
+use http::{HeaderValue, Request, Response, StatusCode, Version, header, request::Parts};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
+use tower_catch_unwind::call;
 use tower_layer::Layer;
 use tower_request_context::{Dialect, RequestContext};
 use tower_response_end::{
@@ -20,9 +20,12 @@ use tower_response_end::{
     StoppableFuture, Stopped, Waiter, Watch,
 };
 use tower_service::Service;
-use tower_task_set::Outcome;
 
-use crate::{Forced, Kind, ShutdownWatch, state::State};
+use crate::{
+    ShutdownWatch,
+    roll::{self, Name, Place, Route},
+    state::State,
+};
 
 /// Counts the requests in flight, refuses those that come too late, and ends those that are left at
 /// the deadline.
@@ -31,18 +34,26 @@ use crate::{Forced, Kind, ShutdownWatch, state::State};
 pub struct ShutdownLayer<P = Http> {
     state: Arc<State>,
     in_extensions: bool,
+    route: Option<Arc<RouteOf>>,
     protocol: PhantomData<fn() -> P>,
 }
 
+type RouteOf = dyn Fn(&Parts) -> Option<Cow<'static, str>> + Send + Sync;
+
 impl ShutdownLayer {
     pub(crate) const fn new(state: Arc<State>) -> Self {
-        Self { state, in_extensions: false, protocol: PhantomData }
+        Self { state, in_extensions: false, route: None, protocol: PhantomData }
     }
 
     /// The same layer for a `Service` of anything else than HTTP requests: there a request is in
     /// flight until its future is ready, and what is refused or ended is a [`CallError`].
     pub fn plain(self) -> ShutdownLayer<Plain> {
-        ShutdownLayer { state: self.state, in_extensions: false, protocol: PhantomData }
+        ShutdownLayer {
+            state: self.state,
+            in_extensions: false,
+            route: None,
+            protocol: PhantomData,
+        }
     }
 
     /// Puts a [`ShutdownWatch`] into the request's type map, where axum's `Extension` finds it.
@@ -51,11 +62,63 @@ impl ShutdownLayer {
         self.in_extensions = true;
         self
     }
+
+    /// Asks `route` by which route a request came, for the report to name it by.
+    ///
+    /// By default a request is named by its method, and one of gRPC by its path too, which names
+    /// what is called. Other paths are left out: they are what a stranger has written, and may hold
+    /// what nobody should read. What `route` says is cut at 256 characters, and escaped.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_shutdown::Shutdown;
+    /// /// What the router has put there. axum's is `MatchedPath`, in layers of a `Router`.
+    /// #[derive(Clone)]
+    /// struct Matched(&'static str);
+    ///
+    /// let shutdown = Shutdown::new(Duration::from_secs(25));
+    /// // For each request, so it had better be cheap.
+    /// let layer = shutdown.layer().route(|request| {
+    ///     let matched = request.extensions.get::<Matched>()?;
+    ///     Some(matched.0.into())
+    /// });
+    /// # let _ = layer;
+    /// ```
+    pub fn route(
+        mut self,
+        route: impl Fn(&Parts) -> Option<Cow<'static, str>> + Send + Sync + 'static,
+    ) -> Self {
+        self.route = Some(Arc::new(route));
+        self
+    }
+
+    fn name<B>(&self, request: Request<B>, dialect: Dialect) -> (Name, Request<B>) {
+        let method = request.method().clone();
+        let (route, request) = match &self.route {
+            None => (None, request),
+            Some(route) => {
+                let (parts, body) = request.into_parts();
+                let route = call("route", || route(&parts)).flatten();
+                (route, Request::from_parts(parts, body))
+            }
+        };
+        let grpc = || request.uri().path_and_query().filter(|_| dialect.is_grpc()).cloned();
+        let route = match route {
+            Some(name) => Route::Named(name),
+            None => grpc().map_or(Route::Unknown, Route::Grpc),
+        };
+        (Name::Http(method, route), request)
+    }
 }
 
 impl<P> Clone for ShutdownLayer<P> {
     fn clone(&self) -> Self {
-        Self { state: self.state.clone(), in_extensions: self.in_extensions, protocol: PhantomData }
+        Self {
+            state: self.state.clone(),
+            in_extensions: self.in_extensions,
+            route: self.route.clone(),
+            protocol: PhantomData,
+        }
     }
 }
 
@@ -103,14 +166,15 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+    fn call(&mut self, request: Request<B>) -> Self::Future {
         let state = &self.layer.state;
-        let in_flight = InFlight::enter(state, || Name::of(&request));
+        let (asked, dialect) = (Asked::of(&request), Dialect::of(&request));
+        let (name, mut request) = self.layer.name(request, dialect);
+        let in_flight = InFlight::enter(state, name);
         let closes = (request.version() < Version::HTTP_2).then(|| state.clone());
         if self.layer.in_extensions {
             request.extensions_mut().insert(ShutdownWatch::new(state.clone()));
         }
-        let (asked, dialect) = (Asked::of(&request), Dialect::of(&request));
         let is_refused = in_flight.is_refused();
         let inner = StoppableFuture::http(in_flight, asked, dialect, || Admitted {
             inner: (!is_refused).then(|| self.inner.call(request)),
@@ -132,7 +196,7 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        let in_flight = InFlight::enter(&self.layer.state, || Name::Unknown);
+        let in_flight = InFlight::enter(&self.layer.state, Name::Call);
         let is_refused = in_flight.is_refused();
         let inner = StoppableFuture::<_, _, Plain>::plain(in_flight, || Admitted {
             inner: (!is_refused).then(|| self.inner.call(request)),
@@ -243,26 +307,24 @@ impl<F: Future> Future for Admitted<F> {
     }
 }
 
-/// What is known of one request, from the call to the end of its response.
+/// One request, from the call to the end of its response.
 #[derive(Debug)]
 struct InFlight {
     hook: Hook<Leave>,
     /// For the deadline. `None`: it was refused.
     waiter: Option<Waiter>,
-    name: Name,
-    started: Instant,
     is_told: bool,
 }
 
 impl InFlight {
-    fn enter(state: &Arc<State>, name: impl FnOnce() -> Name) -> Self {
-        let admitted = state.enter();
-        let leave = Leave { state: admitted.then(|| state.clone()), ended: None };
+    fn enter(state: &Arc<State>, name: Name) -> Self {
+        let started = Instant::now();
+        let trace_id = call("part", || RequestContext::current().get().copied()).flatten();
+        let place = state.enter(roll::Request { name, started, trace_id });
+        let admitted = place.map(|place| (state.clone(), place));
         Self {
-            hook: Hook::new(leave),
-            waiter: admitted.then(|| state.ending.waiter()),
-            name: if admitted { name() } else { Name::Unknown },
-            started: Instant::now(),
+            waiter: admitted.as_ref().map(|(state, _)| state.ending.waiter()),
+            hook: Hook::new(Leave { admitted, was_ended: false }),
             is_told: false,
         }
     }
@@ -289,14 +351,7 @@ impl Watch for InFlight {
         // Told, it may still have come to its end with what it had ready.
         if self.is_told && end == End::Disconnected {
             if let Some(leave) = self.hook.get_mut() {
-                leave.ended = Some(Box::new(Forced {
-                    what: Kind::Request,
-                    name: self.name.to_string().into(),
-                    site: None,
-                    age: Some(self.started.elapsed()),
-                    trace_id: RequestContext::current().get().copied(),
-                    outcome: Some(Outcome::Cancelled),
-                }));
+                leave.was_ended = true;
             }
         }
         self.hook.end(end);
@@ -317,44 +372,14 @@ impl Stop for InFlight {
 #[derive(Debug)]
 struct Leave {
     /// `None`: it was refused.
-    state: Option<Arc<State>>,
-    ended: Option<Box<Forced>>,
+    admitted: Option<(Arc<State>, Place)>,
+    was_ended: bool,
 }
 
 impl OnEnd for Leave {
     fn on_end(self, _: End) {
-        if let Some(state) = self.state {
-            state.leave(self.ended);
-        }
-    }
-}
-
-/// What a request is reported by. Nothing is copied: the path is a reference into what the server
-/// has read.
-#[derive(Debug)]
-enum Name {
-    Unknown,
-    Http(Method, Option<PathAndQuery>),
-}
-
-impl Name {
-    fn of<B>(request: &Request<B>) -> Self {
-        Self::Http(request.method().clone(), request.uri().path_and_query().cloned())
-    }
-}
-
-impl fmt::Display for Name {
-    /// The query is left out: it may hold what nobody should read.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        /// So much of a path is enough to find it.
-        const MAX: usize = 256;
-        match self {
-            Self::Unknown => f.write_str("unknown"),
-            Self::Http(method, None) => write!(f, "{method}"),
-            Self::Http(method, Some(path)) => {
-                write!(f, "{method} ")?;
-                path.path().escape_default().take(MAX).try_for_each(|char| f.write_char(char))
-            }
+        if let Some((state, place)) = self.admitted {
+            state.roll.leave(place, self.was_ended);
         }
     }
 }

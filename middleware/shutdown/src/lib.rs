@@ -6,7 +6,8 @@
 //! request and task, and names what had to be forced.
 //!
 //! The layer goes outside of the task set, so that a request is over when its tasks know it, and
-//! inside of the trace ids, so that the report has them.
+//! inside of the trace ids, so that the report has them. A request is named by its method, and by its
+//! route if [`ShutdownLayer::route`] tells it: never by what its client wrote.
 //!
 //! # Example
 //!
@@ -126,6 +127,7 @@ mod keeper;
 mod layer;
 mod plan;
 mod report;
+mod roll;
 mod shutdown;
 #[cfg_attr(not(feature = "signal"), path = "no_signals.rs")]
 mod signals;

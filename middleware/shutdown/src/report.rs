@@ -185,15 +185,15 @@ pub struct Forced {
     /// What it is.
     #[cfg_attr(feature = "serde", serde(serialize_with = "text::display"))]
     pub what: Kind,
-    /// Of a task, the name that it was given; of a request, method and path, if they are known.
+    /// Of a task, the name that it was given; of a request, its method and, if that is known, its
+    /// [route](crate::ShutdownLayer::route); `call` for one of a plain service.
     pub name: Cow<'static, str>,
     /// Where the task was spawned.
     #[cfg_attr(feature = "serde", serde(serialize_with = "text::option"))]
     pub site: Option<&'static Location<'static>>,
-    /// How long it lived, at most; of what still runs, until now. Of a request that still runs it
-    /// is not known.
+    /// How long it lived, at most; of what still runs, until now.
     #[cfg_attr(feature = "serde", serde(rename = "age_ms", serialize_with = "text::millis"))]
-    pub age: Option<Duration>,
+    pub age: Duration,
     /// The trace id of the request, if it has one.
     #[cfg_attr(feature = "serde", serde(serialize_with = "text::option"))]
     pub trace_id: Option<TraceId>,
@@ -253,9 +253,7 @@ impl fmt::Display for Group<'_> {
             Some(outcome) => write!(f, " ({outcome}")?,
             None => f.write_str(" (still running")?,
         }
-        if let Some(age) = age {
-            write!(f, ", up to {} ms old", age.as_millis())?;
-        }
+        write!(f, ", up to {} ms old", age.as_millis())?;
         if let Some(site) = site {
             write!(f, ", spawned at {site}")?;
         }
@@ -288,12 +286,8 @@ mod text {
         }
     }
 
-    #[expect(clippy::ref_option)]
-    pub(super) fn millis<S: Serializer>(age: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
-        match age {
-            Some(age) => to.serialize_u64(in_millis(*age)),
-            None => to.serialize_none(),
-        }
+    pub(super) fn millis<S: Serializer>(age: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(in_millis(*age))
     }
 
     pub(super) fn in_millis(time: Duration) -> u64 {

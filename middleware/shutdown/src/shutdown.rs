@@ -258,8 +258,8 @@ impl Shutdown {
 
     /// Waits until requests and tasks are done.
     async fn left(&self) {
-        self.0.requests.close();
-        self.0.requests.idle().await;
+        self.0.roll.requests.close();
+        self.0.roll.requests.idle().await;
         let registries = self.0.registries();
         for registry in &registries {
             registry.idle().await;

@@ -21,18 +21,17 @@ use tower_task_set::{Counts, TaskRegistry};
 
 use crate::{
     Drained, Forced, Kind, Report, Requests,
-    in_flight::{InFlight, Reading},
+    in_flight::Reading,
     keeper,
     plan::Plan,
+    roll::{Place, Request, Roll},
 };
 
 /// What all handles of a shutdown share.
 pub(crate) struct State {
     settings: Mutex<Settings>,
-    pub(crate) requests: InFlight,
+    pub(crate) roll: Roll,
     refused: AtomicU64,
-    /// The requests that were ended, in the same critical section in which they left.
-    ended: Mutex<Vec<Forced>>,
     begun: OnceLock<Begun>,
     /// The server is to accept nothing more.
     pub(crate) draining: CancellationToken,
@@ -79,9 +78,8 @@ impl State {
                 signals: true,
                 registries: Vec::new(),
             }),
-            requests: InFlight::default(),
+            roll: Roll::default(),
             refused: AtomicU64::new(0),
-            ended: Mutex::default(),
             begun: OnceLock::new(),
             draining: CancellationToken::new(),
             is_draining: AtomicBool::new(false),
@@ -126,7 +124,7 @@ impl State {
             at: Instant::now(),
             real: std::time::Instant::now(),
             plan,
-            requests: self.requests.read(),
+            requests: self.roll.requests.read(),
             tasks: self.tasks(),
         };
         let (requests, tasks) = (begun.requests.in_flight, begun.tasks.live);
@@ -183,7 +181,7 @@ impl State {
             registry.begin_drain();
         }
         if self.settings().refuse_late {
-            self.requests.close();
+            self.roll.requests.close();
         }
         self.is_draining.store(true, Relaxed);
         self.draining.cancel();
@@ -196,7 +194,7 @@ impl State {
 
     /// Requests and tasks are to end.
     pub(crate) fn cancel(&self) {
-        self.requests.close();
+        self.roll.requests.close();
         self.ending.give();
         for registry in self.registries() {
             registry.close();
@@ -213,7 +211,7 @@ impl State {
     /// Nothing more is accepted; what is so now is the report.
     pub(crate) fn over(&self, server_ended: bool) -> Report {
         self.drain();
-        self.requests.close();
+        self.roll.requests.close();
         for registry in self.registries() {
             registry.close();
         }
@@ -238,28 +236,13 @@ impl State {
         self.signals.fetch_add(1, Relaxed).saturating_add(1)
     }
 
-    /// Whether a request is admitted. What is refused is counted.
-    pub(crate) fn enter(&self) -> bool {
-        let admitted = self.requests.enter();
-        if !admitted {
+    /// Where a request stands, if it is admitted. What is refused is counted.
+    pub(crate) fn enter(&self, request: Request) -> Option<Place> {
+        let place = self.roll.enter(request);
+        if place.is_none() {
             self.refused.fetch_add(1, Relaxed);
         }
-        admitted
-    }
-
-    pub(crate) fn leave(&self, ended: Option<Box<Forced>>) {
-        match ended {
-            None => self.requests.leave(),
-            Some(forced) => {
-                let mut ended = lock(&self.ended);
-                ended.push(*forced);
-                let is_last = self.requests.leave_silently();
-                drop(ended);
-                if is_last {
-                    self.requests.tell();
-                }
-            }
-        }
+        place
     }
 
     /// Whoever drives the shutdown looks again.
@@ -302,7 +285,7 @@ impl State {
     /// How many requests are in flight, and how many tasks live.
     pub(crate) fn left(&self) -> (u32, usize) {
         let tasks = self.registries().iter().map(TaskRegistry::len).sum();
-        (self.requests.read().in_flight, tasks)
+        (self.roll.requests.read().in_flight, tasks)
     }
 
     fn tasks(&self) -> Counts {
@@ -315,10 +298,7 @@ impl State {
 
     pub(crate) fn report(&self, server_ended: bool) -> Report {
         let begun = self.begin();
-        let ended = lock(&self.ended);
-        let now = self.requests.read();
-        let mut forced = ended.clone();
-        drop(ended);
+        let (now, mut forced, left) = self.roll.read();
         let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
         let mut requests = Requests {
             at_begin: begun.requests.in_flight.into(),
@@ -329,7 +309,7 @@ impl State {
             left: now.in_flight.into(),
         };
         requests.completed = requests.at_begin + requests.later - requests.ended - requests.left;
-        forced.extend((0..now.in_flight).map(|_| Forced::unknown_request()));
+        forced.extend(left);
         let mut tasks = Counts::default();
         for registry in self.registries() {
             let snapshot = registry.snapshot();
@@ -350,23 +330,12 @@ impl State {
 }
 
 impl Forced {
-    const fn unknown_request() -> Self {
-        Self {
-            what: Kind::Request,
-            name: std::borrow::Cow::Borrowed("unknown"),
-            site: None,
-            age: None,
-            trace_id: None,
-            outcome: None,
-        }
-    }
-
     fn ended_task(task: &tower_task_set::ForcedTask) -> Self {
         Self {
             what: Kind::Task,
             name: task.name.into(),
             site: Some(task.site),
-            age: Some(task.age),
+            age: task.age,
             trace_id: task.trace_id,
             outcome: Some(task.outcome),
         }
@@ -377,7 +346,7 @@ impl Forced {
             what: Kind::Task,
             name: task.name.into(),
             site: Some(task.site),
-            age: Some(task.age),
+            age: task.age,
             trace_id: task.trace_id,
             outcome: None,
         }

@@ -249,7 +249,7 @@ async fn what_does_not_come_to_its_end_is_cancelled_before_the_deadline_and_abor
         ]
     );
     let named = report.forced().iter().find(|it| it.name == "cancelled").unwrap();
-    assert_eq!((named.site.unwrap().line(), named.age), (line, Some(secs(21))));
+    assert_eq!((named.site.unwrap().line(), named.age), (line, secs(21)));
     assert_eq!((report.exit_code(), report.drained.completed), (1, 1));
     assert_adds_up(&report);
 }
@@ -463,6 +463,80 @@ async fn a_late_request_is_served_and_told_to_close_or_refused_if_so_chosen() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_is_left_is_named_by_its_route_with_its_age_and_its_trace_id() {
+    #[derive(Clone)]
+    struct Matched(&'static str);
+
+    let shutdown = Shutdown::new(Duration::ZERO).without_signals();
+    let layer = shutdown.layer().route(|request| {
+        assert_ne!(request.uri.path(), "/panics", "as it should");
+        Some(request.extensions.get::<Matched>()?.0.into())
+    });
+    // Nobody polls it again, as a server does whose client reads too slowly.
+    let mut bodies = Vec::new();
+    let mut trace_ids = Vec::new();
+    for (id, path, matched) in
+        [(1, "/orders/7", Some("/orders/{id}")), (2, "/panics", None), (3, "/lost", None)]
+    {
+        let trace_id = TraceId::from_bytes([id; 16]).unwrap();
+        let context = RequestContext::new().with(trace_id);
+        let mut request = Request::get(path).body(()).unwrap();
+        if let Some(matched) = matched {
+            request.extensions_mut().insert(Matched(matched));
+        }
+        let mut service = layer.layer(service_fn(|_: Request<()>| {
+            ready(Ok::<_, Infallible>(Response::new(endless())))
+        }));
+        bodies.push(context.scope(async move { service.call(request).await.unwrap() }).await);
+        trace_ids.push(Some(trace_id));
+        advance(secs(1)).await;
+    }
+    let report = shutdown.finish().await;
+    assert_eq!((report.requests.left, report.exit_code()), (3, 1));
+    assert_adds_up(&report);
+    let mut left: Vec<_> =
+        report.forced().iter().map(|it| (it.trace_id, &*it.name, it.age.as_secs())).collect();
+    left.sort_unstable();
+    assert_eq!(
+        left,
+        [(trace_ids[0], "GET /orders/{id}", 3), (trace_ids[1], "GET", 2), (trace_ids[2], "GET", 1),]
+    );
+    let text = report.to_string();
+    let named = "1 x request GET /orders/{id} (still running, up to 3100 ms old, trace 0101";
+    assert!(text.contains(named), "{text}");
+    assert!(
+        text.contains("2 x request GET (still running, up to 2100 ms old, trace 0202"),
+        "{text}"
+    );
+    assert!(!text.contains("orders/7") && !text.contains("lost"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_that_never_yields_is_named() {
+    let shutdown = Shutdown::new(Duration::ZERO).without_signals();
+    let (entered, has_entered) = std::sync::mpsc::channel();
+    let (leave, left) = std::sync::mpsc::channel::<()>();
+    let mut service = {
+        let slot = std::sync::Mutex::new(Some((entered, left)));
+        shutdown.layer().layer(service_fn(move |_: Request<()>| {
+            let (entered, left) = slot.lock().unwrap().take().unwrap();
+            async move {
+                entered.send(()).unwrap();
+                let _ = left.recv();
+                Reply::Ok(Response::default())
+            }
+        }))
+    };
+    let request = tokio::spawn(service.call(Request::post("/stuck").body(()).unwrap()));
+    has_entered.recv().unwrap();
+    let report = shutdown.finish().await;
+    assert_eq!(report_of(&report), [(Kind::Request, "POST", None)]);
+    assert_adds_up(&report);
+    drop(leave);
+    request.await.unwrap().unwrap();
+}
+
 /// A body with a first frame, and no end.
 struct Endless(Option<Bytes>);
 
@@ -499,7 +573,7 @@ async fn at_the_deadline_the_head_is_503_and_a_body_ends_in_an_error_or_in_trail
     let context =
         RequestContext::new().with("0af7651916cd43dd8448eb211c80319c".parse::<TraceId>().unwrap());
     let layer = shutdown.layer();
-    let mut head = Box::pin(context.clone().scope(stuck_request(&layer)));
+    let mut head = Box::pin(context.clone().sync_scope(|| stuck_request(&layer)));
     assert!(poll_once(head.as_mut()).is_pending());
     let body = |grpc: bool| {
         let mut service = layer.layer(service_fn(move |_: Request<()>| {
@@ -512,6 +586,7 @@ async fn at_the_deadline_the_head_is_503_and_a_body_ends_in_an_error_or_in_trail
         }));
         let mut request = Request::get("/feed?secret=1").body(()).unwrap();
         if grpc {
+            request = Request::post("/feeds.Feeds/Watch?secret=1").body(()).unwrap();
             *request.version_mut() = Version::HTTP_2;
             request.headers_mut().insert(header::CONTENT_TYPE, "application/grpc".parse().unwrap());
         }
@@ -550,15 +625,15 @@ async fn at_the_deadline_the_head_is_503_and_a_body_ends_in_an_error_or_in_trail
     assert_eq!(
         forced,
         [
-            (Kind::Request, "GET /", cancelled),
-            (Kind::Request, "GET /feed", cancelled),
-            (Kind::Request, "GET /feed", cancelled),
+            (Kind::Request, "GET", cancelled),
+            (Kind::Request, "GET", cancelled),
+            (Kind::Request, "POST /feeds.Feeds/Watch", cancelled),
         ],
-        "without the query"
+        "without the path of a request that is not gRPC, and without the query"
     );
-    let head = report.forced().iter().find(|it| it.name == "GET /").unwrap();
+    let head = report.forced().iter().find(|it| it.trace_id.is_some()).unwrap();
     assert_eq!(head.trace_id, context.get().copied());
-    assert_eq!(head.age, Some(secs(24)));
+    assert_eq!(head.age, secs(24));
     assert_adds_up(&report);
 }
 
@@ -622,7 +697,8 @@ async fn an_upgrade_that_is_held_is_waited_for_and_reported_as_left() {
         } else {
             assert_eq!(report.took, BUDGET + Duration::from_millis(100));
             assert_eq!((report.requests.left, report.exit_code()), (1, 1));
-            assert_eq!(report_of(&report), [(Kind::Request, "unknown", None)]);
+            assert_eq!(report_of(&report), [(Kind::Request, "GET", None)]);
+            assert_eq!(report.forced()[0].age, report.took);
         }
         assert_adds_up(&report);
     }
@@ -658,7 +734,7 @@ async fn plain_services_are_counted_refused_and_ended_too() {
     assert!(matches!(ended.await.unwrap(), Err(CallError::Stopped(_))));
     assert!(matches!(call(0).await.unwrap(), Err(CallError::Stopped(_))), "it is too late");
     assert_eq!((report.requests.completed, report.requests.ended), (2, 1));
-    assert_eq!(report_of(&report), [(Kind::Request, "unknown", Some(Outcome::Cancelled))]);
+    assert_eq!(report_of(&report), [(Kind::Request, "call", Some(Outcome::Cancelled))]);
 }
 
 // The watch
@@ -736,7 +812,7 @@ async fn the_report_is_read_by_people_and_by_programs() {
          completed, 1 ended, 0 left; tasks: 3 live, 0 later, 0 refused: 0 completed, 3 cancelled, \
          0 aborted, 0 timed out, 0 panicked, 0 left; 4 forced"
     );
-    assert_eq!(lines[1], "  1 x request GET / (cancelled, up to 24000 ms old)");
+    assert_eq!(lines[1], "  1 x request GET (cancelled, up to 24000 ms old)");
     assert!(
         lines[2]
             .starts_with("  3 x task write_audit_line (cancelled, up to 24000 ms old, spawned at "),
