@@ -5,20 +5,25 @@ use std::{
     cell::Cell,
     collections::BTreeSet,
     fmt::Debug,
+    future::poll_fn,
     panic::Location,
     pin::Pin,
-    sync::{Arc, Mutex},
-    task::{Context, Poll, Waker},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::{Context, Poll, Wake, Waker},
 };
 
 use loom::{future::block_on, thread};
 use tokio::time::Instant;
+use tower_catch_unwind::Panic;
 use tower_request_context::RequestContext;
 use tower_response_end::End;
 use tower_spawn_limit::SpawnError;
 
 use crate::{
-    AtEnd, Group, GroupError, StopToken, TaskError, TaskRegistry,
+    AtEnd, Group, GroupError, OnPanic, StopToken, TaskError, TaskRegistry,
     reaper::Who,
     set::{Refusal, Set, Ticket},
     sync::OwnedNotified,
@@ -453,6 +458,71 @@ fn a_deadline_that_lapses_late_does_not_hit_the_next_task_in_the_same_place() {
         in_time
     });
     assert_eq!(seen, [false, true], "before the first has ended, and after");
+}
+
+fn panics(set: &Arc<Set>, member: &Member) {
+    set.panicked(member.slot, &Panic::new(Box::new("it hurts")));
+}
+
+#[test]
+fn a_response_that_is_about_to_wait_hears_of_the_panic_that_fails_it() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new().on_panic(OnPanic::FailResponse);
+        let set = set(&registry);
+        let member = enter(&set).unwrap();
+        let task = thread::spawn({
+            let set = set.clone();
+            move || panics(&set, &member)
+        });
+        let mut waited = false;
+        // A panic that is missed would be a hang, which loom reports.
+        let panic = block_on(poll_fn(|cx| {
+            let failed = set.poll_failed(cx);
+            waited |= failed.is_pending();
+            failed
+        }));
+        assert_eq!(panic.message(), "it hurts");
+        task.join().unwrap();
+        set.end(End::Panicked);
+        waited
+    });
+    assert_eq!(seen, [false, true], "told before it waited, and after");
+}
+
+#[test]
+fn a_panic_that_races_the_end_of_the_response_fails_it_or_is_ignored() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new().on_panic(OnPanic::FailResponse);
+        let set = set(&registry);
+        let member = enter(&set).unwrap();
+        let told = Arc::new(Told::default());
+        let waker = Waker::from(told.clone());
+        let mut cx = Context::from_waker(&waker);
+        assert!(set.poll_failed(&cx).is_pending());
+        let task = thread::spawn({
+            let set = set.clone();
+            move || panics(&set, &member)
+        });
+        set.end(End::Completed);
+        task.join().unwrap();
+        cx = Context::from_waker(Waker::noop());
+        let failed = set.poll_failed(&cx).is_ready();
+        assert_eq!(told.0.load(Relaxed), failed, "it is woken exactly then");
+        drop(waker);
+        assert_eq!(Arc::strong_count(&told), 1, "the waker is not kept");
+        failed
+    });
+    assert_eq!(seen, [false, true]);
+}
+
+/// Whether it was woken.
+#[derive(Default)]
+struct Told(AtomicBool);
+
+impl Wake for Told {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Relaxed);
+    }
 }
 
 /// A set that takes tasks in without a runtime.
