@@ -22,6 +22,7 @@ use http::{HeaderMap, Request, Response, StatusCode, Uri, Version};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
 use proptest::{collection::vec, option, prelude::*};
+use tokio::runtime::{Builder, Runtime};
 use tokio_test::{assert_pending, assert_ready, assert_ready_err, assert_ready_ok, task};
 use tower::{
     BoxError, Layer, Service, ServiceExt,
@@ -31,7 +32,7 @@ use tower::{
 use tower_tasks::{
     AtEnd, CatchUnwindLayer, End, PropagateLayer, RequestContextLayer, RequestLimitLayer,
     ResponseEndLayer, Shutdown, SpawnLimit, SpawnLimitLayer, TaskRegistry, TaskSetLayer,
-    TraceIdLayer, response_end::RequestBody, trace_id::Trust,
+    TraceIdLayer, response_end::RequestBody, task_set::ShieldLayer, trace_id::Trust,
 };
 use tower_test::mock::{self, Mock};
 
@@ -77,13 +78,6 @@ fn rows() -> Vec<Row> {
             "request-limit with a wait",
             RequestLimitLayer::new(1).wait(Duration::from_secs(1)).queue(1),
         ),
-        row("spawn-limit", SpawnLimitLayer::new(SpawnLimit::new(1))),
-        row("spawn-limit without tasks", SpawnLimitLayer::new(SpawnLimit::new(0).per_request(0))),
-        row("spawn-limit of requests", RequestLimitLayer::new(1)),
-        row(
-            "spawn-limit of requests that wait",
-            RequestLimitLayer::new(1).wait(Duration::from_secs(1)).queue(1),
-        ),
         row("shutdown", Shutdown::new(Duration::ZERO).without_signals().layer()),
         row("task-set", TaskSetLayer::new(&tasks)),
         row(
@@ -98,6 +92,14 @@ fn rows() -> Vec<Row> {
             "task-set with the request's body",
             (TaskSetLayer::new(&tasks).watch_request_body(), whole),
         ),
+        row("shield", (TaskSetLayer::new(&one()), ShieldLayer::new("call").at_end(AtEnd::Cancel))),
+        row(
+            "shield of the set in the type map",
+            (
+                TaskSetLayer::new(&one()).in_extensions(),
+                ShieldLayer::new("call").at_end(AtEnd::Drain(Duration::ZERO)),
+            ),
+        ),
         row(
             "all of them",
             (
@@ -109,6 +111,20 @@ fn rows() -> Vec<Row> {
                 ResponseEndLayer::new(on_end),
                 SpawnLimitLayer::new(SpawnLimit::new(0)),
                 TaskSetLayer::new(&tasks),
+            ),
+        ),
+        row(
+            "all of them with a shield",
+            (
+                TraceIdLayer::new(),
+                CatchUnwindLayer::new(),
+                Shutdown::new(Duration::ZERO).without_signals().layer(),
+                RequestContextLayer::new(|_: &Sent| "value"),
+                RequestLimitLayer::new(1),
+                ResponseEndLayer::new(on_end),
+                SpawnLimitLayer::new(SpawnLimit::new(1)),
+                TaskSetLayer::new(&one()),
+                ShieldLayer::new("call").at_end(AtEnd::Cancel),
             ),
         ),
     ]
@@ -124,11 +140,40 @@ fn plain_rows() -> Vec<PlainRow> {
         plain_row("trace-id", TraceIdLayer::new().plain()),
         plain_row("spawn-limit", SpawnLimitLayer::new(SpawnLimit::new(0)).plain()),
         plain_row("request-limit", RequestLimitLayer::new(1).plain()),
-        plain_row("spawn-limit", SpawnLimitLayer::new(SpawnLimit::new(0)).plain()),
-        plain_row("spawn-limit of requests", RequestLimitLayer::new(1).plain()),
         plain_row("shutdown", Shutdown::new(Duration::ZERO).without_signals().layer().plain()),
         plain_row("task-set", TaskSetLayer::new(&tasks).plain()),
+        plain_row(
+            "shield",
+            (
+                TaskSetLayer::new(&one()).plain(),
+                ShieldLayer::new("call").at_end(AtEnd::Cancel).plain(),
+            ),
+        ),
     ]
+}
+
+/// What a shield spawns runs on [`RUNTIME`], one call at a time.
+fn one() -> TaskRegistry {
+    let runtime = RUNTIME.with(|runtime| runtime.handle().clone());
+    TaskRegistry::new().runtime(runtime).limit(SpawnLimit::new(1).per_request(1))
+}
+
+thread_local! {
+    /// Of each test, since a test has a thread. It is leaked: the end of a thread is no place to
+    /// drop a runtime.
+    static RUNTIME: &'static Runtime =
+        Box::leak(Box::new(Builder::new_current_thread().build().unwrap()));
+}
+
+/// Lets what was spawned run, until it waits.
+fn turn() {
+    RUNTIME.with(|runtime| {
+        runtime.block_on(async {
+            for _ in 0..4 {
+                tokio::task::yield_now().await;
+            }
+        });
+    });
 }
 
 type Sent = Request<Upload>;
@@ -194,6 +239,7 @@ impl Row {
         let mut future = task::spawn(service.call(request(Held::new().0)));
         let (_, send) = assert_ready!(handle.poll_request()).unwrap();
         send.send_response(Response::new(script));
+        turn();
         Box::pin(assert_ready_ok!(future.poll()).into_body())
     }
 }
@@ -259,6 +305,7 @@ fn the_instance_that_was_polled_ready_is_the_one_that_is_called() {
         let future = service.call(request(Held::new().0));
         let (_, send) = assert_ready!(handle.poll_request(), "{}", row.name).unwrap();
         send.send_response(Response::new(Script::new([])));
+        turn();
         let response = assert_ready_ok!(task::spawn(future).poll());
         assert_eq!(response.status(), StatusCode::OK, "{}", row.name);
         drop(clone);
@@ -270,6 +317,7 @@ fn the_instance_that_was_polled_ready_is_the_one_that_is_called() {
         let future = service.call(1);
         let (_, send) = assert_ready!(handle.poll_request(), "{}", row.name).unwrap();
         send.send_response(2);
+        turn();
         assert_eq!(assert_ready_ok!(task::spawn(future).poll()), 2, "{}", row.name);
         drop(clone);
     }
@@ -286,6 +334,7 @@ fn a_clone_becomes_ready_by_itself() {
         let mut future = task::spawn(service.call(request(Held::new().0)));
         let (_, send) = assert_ready!(handle.poll_request()).unwrap();
         send.send_response(Response::new(Script::new([])));
+        turn();
         let response = assert_ready_ok!(future.poll(), "{}", row.name);
         assert!(clone.is_woken(), "{}: held after the head", row.name);
         assert_ready_ok!(clone.poll_ready(), "{}", row.name);
@@ -346,6 +395,8 @@ fn a_response_goes_out_as_it_came() {
         let mut future = task::spawn(service.call(request(Held::new().0)));
         assert_pending!(future.poll(), "{}", row.name);
         let (_, send) = assert_ready!(handle.poll_request()).unwrap();
+        // A shield's task waits by now, as the others do.
+        turn();
         let response = Response::builder()
             .status(StatusCode::IM_A_TEAPOT)
             .version(Version::HTTP_10)
@@ -353,6 +404,7 @@ fn a_response_goes_out_as_it_came() {
             .header("x-of-the-handler", "2")
             .extension("extension");
         send.send_response(response.body(Script::new([])).unwrap());
+        turn();
         assert!(future.is_woken(), "{}", row.name);
         let response = assert_ready_ok!(future.poll(), "{}", row.name);
         assert_eq!(response.status(), StatusCode::IM_A_TEAPOT, "{}", row.name);
@@ -371,6 +423,7 @@ fn an_error_passes_through() {
         let mut future = task::spawn(service.call(request(Held::new().0)));
         let (_, send) = assert_ready!(handle.poll_request()).unwrap();
         send.send_error("went wrong");
+        turn();
         let error = assert_ready_err!(future.poll(), "{}", row.name);
         assert_eq!(error.0.to_string(), "went wrong", "{}", row.name);
     }
@@ -380,6 +433,7 @@ fn an_error_passes_through() {
         let mut future = task::spawn(service.call(1));
         let (_, send) = assert_ready!(handle.poll_request()).unwrap();
         send.send_error("went wrong");
+        turn();
         assert_eq!(assert_ready_err!(future.poll()), "went wrong", "{}", row.name);
     }
 }
@@ -412,6 +466,7 @@ fn a_response_that_is_dropped_at_any_point_gives_back_what_it_took() {
                 let mut future = task::spawn(service.call(request(held.clone())));
                 if point >= BetweenPolls {
                     assert_pending!(future.poll(), "{at}");
+                    turn();
                 }
                 let (arrived, send) = assert_ready!(handle.poll_request(), "{at}").unwrap();
                 if point >= Answered {
@@ -419,6 +474,7 @@ fn a_response_that_is_dropped_at_any_point_gives_back_what_it_took() {
                         Script::new([Step::Data(3), Step::Pending, Step::Data(4), Step::Trailers]);
                     script.held = arrived.extensions().get().cloned();
                     send.send_response(Response::new(script));
+                    turn();
                 }
                 drop(arrived);
                 if point >= Head {
@@ -441,6 +497,8 @@ fn a_response_that_is_dropped_at_any_point_gives_back_what_it_took() {
                     }
                 }
             }
+            // A shield's task is told to end, and does when it next runs.
+            turn();
             assert_eq!(count.strong_count(), 1, "{at}");
         }
     }
@@ -451,6 +509,7 @@ fn a_plain_call_that_is_dropped_at_any_point_gives_back_what_it_took() {
     for row in plain_rows() {
         let (mut service, mut handle) = row.service();
         for polls in [0, 1, 2] {
+            turn();
             assert_ready_ok!(service.poll_ready(), "{} {polls}", row.name);
             let mut future = task::spawn(service.call(1));
             let (_, send) = assert_ready!(handle.poll_request(), "{}", row.name).unwrap();
@@ -459,6 +518,7 @@ fn a_plain_call_that_is_dropped_at_any_point_gives_back_what_it_took() {
             }
             if polls > 1 {
                 send.send_response(2);
+                turn();
                 assert_ready_ok!(future.poll(), "{}", row.name);
                 // Ready, it holds nothing even while it is kept.
                 assert_ready_ok!(service.poll_ready(), "{}", row.name);
@@ -477,6 +537,7 @@ fn a_future_that_is_ready_holds_nothing_while_it_is_kept() {
         let (arrived, send) = assert_ready!(handle.poll_request()).unwrap();
         drop(arrived);
         send.send_response(Response::new(Script::new([Step::Data(1)])));
+        turn();
         drop(assert_ready_ok!(future.poll(), "{}", row.name));
         assert_eq!(count.strong_count(), 0, "{}", row.name);
         assert_ready_ok!(service.poll_ready(), "{}", row.name);
