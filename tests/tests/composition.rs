@@ -28,7 +28,7 @@ use tower::{
     retry::{Policy, RetryLayer},
     service_fn,
     timeout::TimeoutLayer,
-    util::BoxCloneService,
+    util::{BoxCloneService, MapRequestLayer},
 };
 use tower_http::{
     compression::CompressionLayer,
@@ -36,9 +36,10 @@ use tower_http::{
     trace::TraceLayer,
 };
 use tower_tasks::{
-    AtEnd, CatchUnwindLayer, End, RequestContext, RequestContextLayer, RequestLimitLayer,
-    ResponseEndLayer, Shutdown, SpawnLimit, SpawnLimitLayer, TaskError, TaskHandle, TaskRegistry,
-    TaskSet, TaskSetLayer, TraceContext, TraceIdLayer, assert_drained,
+    AtEnd, CatchUnwindLayer, End, PropagateLayer, RequestContext, RequestContextLayer,
+    RequestLimitLayer, ResponseEndLayer, Shutdown, SpawnLimit, SpawnLimitLayer, TaskError,
+    TaskHandle, TaskRegistry, TaskSet, TaskSetLayer, TraceContext, TraceIdLayer, assert_drained,
+    task_set::ShieldLayer,
 };
 
 type Reply = Response<UnsyncBoxBody<Bytes, BoxError>>;
@@ -57,7 +58,7 @@ const OURS: [Named; 5] = [
 ];
 
 /// And those that some have.
-const SOME: [Named; 5] = [
+const SOME: [Named; 7] = [
     ("shutdown", |_, inner| wrap(&Shutdown::new(FOR_EVER).without_signals().layer(), inner)),
     ("task-set with a deadline", |site, inner| wrap(&site.task_set().deadline(3 * TIMEOUT), inner)),
     ("spawn-limit", |_, inner| wrap(&SpawnLimitLayer::new(SpawnLimit::new(6)), inner)),
@@ -65,6 +66,18 @@ const SOME: [Named; 5] = [
     ("spawn-limit of requests that wait", |_, inner| {
         wrap(&RequestLimitLayer::new(2).wait(TIMEOUT).queue(3), inner)
     }),
+    ("shield", |site, inner| {
+        let site = site.clone();
+        // Counted as any other, where there is a set that takes it.
+        let count = move |request: Request<String>| {
+            let carried = request.extensions().get::<TaskSet>().is_some();
+            let has_set = carried || TaskSet::current().is_ok();
+            site.own.shielded.fetch_add(u64::from(has_set), Relaxed);
+            request
+        };
+        wrap(&(MapRequestLayer::new(count), ShieldLayer::new("shield")), inner)
+    }),
+    ("propagate", |_, inner| wrap(&PropagateLayer::new(), inner)),
 ];
 
 const OTHERS: [Named; 9] = [
@@ -233,6 +246,44 @@ async fn a_panic_is_an_end_of_its_own_unless_a_body_of_an_inner_catch_has_answer
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_shield_outside_of_the_task_set_answers_by_itself_and_inside_it_keeps_the_handler() {
+    let [.., task_set] = OURS;
+    let shield = SOME.into_iter().find(|some| some.0 == "shield").unwrap();
+    for (order, status, live) in [
+        ([shield, task_set], StatusCode::INTERNAL_SERVER_ERROR, 0),
+        ([task_set, shield], StatusCode::OK, 1),
+    ] {
+        let site = Site::default();
+        let reply = site.stack(&order).oneshot(request("/completes")).await.unwrap();
+        assert_eq!(reply.status(), status, "{}", names(&order));
+        // Its client leaves.
+        let leaves = timeout(TIMEOUT / 2, site.stack(&order).oneshot(request("/is-slow"))).await;
+        assert_eq!(leaves.is_err(), live == 1, "{}", names(&order));
+        let counts = site.tasks.snapshot().by_name.get("shield").copied().unwrap_or_default();
+        assert_eq!(counts.live, live, "{}", names(&order));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_catch_outside_of_a_shield_sees_its_panic_and_inside_it_answers_before() {
+    let [_, catch, _, response_end, task_set] = OURS;
+    let shield = SOME.into_iter().find(|some| some.0 == "shield").unwrap();
+    for (order, panicked) in [
+        ([response_end, catch, task_set, shield], 1),
+        // The task has not panicked: it has answered.
+        ([response_end, task_set, shield, catch], 0),
+    ] {
+        quiet_panics();
+        let site = Site::default();
+        let reply = site.stack(&order).oneshot(request("/panics")).await.unwrap();
+        assert_eq!(reply.status(), StatusCode::INTERNAL_SERVER_ERROR, "{}", names(&order));
+        drop(reply.into_body().collect().await);
+        assert_eq!(*site.ends.lock().unwrap(), [End::Panicked], "{}", names(&order));
+        assert_eq!(site.tasks.snapshot().by_name["shield"].panicked, panicked);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn behind_a_buffer_the_call_has_no_set_but_the_one_in_the_type_map() {
     let site = Site::default();
     let seen = Arc::new(Mutex::new(Vec::new()));
@@ -307,6 +358,8 @@ impl std::ops::Deref for Tasks {
 struct Own {
     attempted: AtomicU64,
     refused: AtomicU64,
+    /// What shields spawn, whose handles are theirs.
+    shielded: AtomicU64,
     handles: Mutex<Vec<TaskHandle<()>>>,
     calls: AtomicU64,
 }
@@ -349,10 +402,15 @@ impl Site {
         let idle = timeout(FOR_EVER, self.tasks.wait()).await;
         assert!(idle.is_ok(), "{at}: {:?}", self.tasks.snapshot());
         assert_drained(&self.tasks);
-        let ledger = self.tasks.snapshot().totals;
-        assert!(ledger.is_exact(), "{at}: {ledger:?}");
-        assert_eq!(ledger.attempted, self.own.attempted.load(Relaxed), "{at}");
-        assert_eq!(ledger.refused, self.own.refused.load(Relaxed), "{at}");
+        let snapshot = self.tasks.snapshot();
+        let ledger = snapshot.totals;
+        let shield = snapshot.by_name.get("shield").copied().unwrap_or_default();
+        assert!(ledger.is_exact() && shield.is_exact(), "{at}: {ledger:?}");
+        assert_eq!(shield.attempted, self.own.shielded.load(Relaxed), "{at}");
+        let own = |of_all: u64, of_shields: u64| of_all - of_shields;
+        let attempted = own(ledger.attempted, shield.attempted);
+        assert_eq!(attempted, self.own.attempted.load(Relaxed), "{at}");
+        assert_eq!(own(ledger.refused, shield.refused), self.own.refused.load(Relaxed), "{at}");
         let mut yielded = BTreeMap::<_, u64>::new();
         let handles = std::mem::take(&mut *self.own.handles.lock().unwrap());
         for handle in handles {
@@ -365,17 +423,20 @@ impl Site {
             *yielded.entry(outcome).or_default() += 1;
         }
         let of = |outcome| yielded.get(outcome).copied().unwrap_or(0);
-        assert_eq!(ledger.completed, of("completed"), "{at}");
-        assert_eq!(ledger.cancelled, of("cancelled"), "{at}");
-        assert_eq!(ledger.panicked, of("panicked"), "{at}");
-        assert_eq!(ledger.spawned, yielded.values().sum::<u64>(), "{at}");
+        assert_eq!(own(ledger.completed, shield.completed), of("completed"), "{at}");
+        assert_eq!(own(ledger.cancelled, shield.cancelled), of("cancelled"), "{at}");
+        assert_eq!(own(ledger.panicked, shield.panicked), of("panicked"), "{at}");
+        assert_eq!(own(ledger.spawned, shield.spawned), yielded.values().sum::<u64>(), "{at}");
         assert_eq!(self.tasks.1.in_use(), 0, "{at}");
         // Each ended once, and there were some.
         let told = self.ends.lock().unwrap().len() as u64;
         assert_eq!(self.made.load(Relaxed), told, "{at}");
         assert_eq!(told > 0, has("response-end"), "{at}");
-        let has_set = has("task-set") || has("task-set with a deadline");
-        assert_eq!(ledger.attempted > 0, has_set, "{at}");
+        // A shield that finds no set outside of it answers by itself.
+        let place = |name: &str| order.iter().position(|layer| layer.0.starts_with(name));
+        let set = place("task-set");
+        let is_bare = place("shield").is_some_and(|shield| Some(shield) < set);
+        assert_eq!(ledger.attempted > 0, set.is_some() && !is_bare, "{at}");
     }
 }
 
