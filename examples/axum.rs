@@ -1,9 +1,10 @@
 //! A server to play with: every route does something else with its tasks.
 //!
 //! ```text
-//! PORT=3000 GRACE=25 TASK_LIMIT=10000 cargo run --example axum
+//! PORT=3000 GRACE=25 TASK_LIMIT=10000 REPORT_LIMIT=10 REPORT_TIME=10 cargo run --example axum
 //!
 //! curl -d '' localhost:3000/orders                   # 202 at once; three tasks go on for 50 ms
+//! curl -id '' 'localhost:3000/reports?ms=5000'       # ten at once; then 503, with Retry-After
 //! curl -N 'localhost:3000/stream?n=5&every_ms=500'   # leave it with ^C: its task is cancelled
 //! curl 'localhost:3000/slow?ms=2000'                 # something in flight
 //! curl 'localhost:3000/panic?where=task'             # or handler, or body
@@ -12,6 +13,7 @@
 //! websocat ws://localhost:3000/echo                  # a socket, which ends with the server too
 //! curl localhost:3000/ready
 //! curl localhost:3000/tasks                          # the ledger
+//! curl localhost:3000/limit                          # that of reports
 //! ```
 //!
 //! All of it works with `curl --http2-prior-knowledge` too. SIGTERM or ^C stops it: `/ready` is 503
@@ -51,7 +53,7 @@ use axum::{
 };
 use futures_util::{FutureExt, StreamExt, stream};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::{
     net::TcpListener,
     sync::mpsc,
@@ -60,19 +62,24 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tower_tasks::{
     AtEnd, CatchUnwindLayer, End, Report, RequestContext, ResponseEndLayer, Shutdown,
-    ShutdownWatch, SpawnError, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer, TraceIdLayer,
+    ShutdownWatch, SpawnError, SpawnLimit, SpawnLimitLayer, TaskRegistry, TaskSet, TaskSetLayer,
+    TraceIdLayer,
     catch_unwind::install_hook,
     request_context::{RequestId, TraceId},
+    shutdown::PlanError,
     task_set::Snapshot,
 };
 
 #[derive(Clone)]
-struct App {
-    tasks: TaskRegistry,
+pub(crate) struct App {
+    pub(crate) tasks: TaskRegistry,
     shutdown: ShutdownWatch,
+    pub(crate) reports: SpawnLimit,
+    report_time: Duration,
 }
 
 fn router(app: App, shutdown: &Shutdown) -> Router {
+    let limited = SpawnLimitLayer::new(app.reports.clone());
     let layers = (
         TraceIdLayer::new(),
         CatchUnwindLayer::new(),
@@ -88,6 +95,7 @@ fn router(app: App, shutdown: &Shutdown) -> Router {
     );
     Router::new()
         .route("/orders", post(create_order))
+        .route("/reports", post(make_report).layer(limited))
         .route("/stream", get(stream_ticks))
         .route("/slow", get(answer_slowly))
         .route("/events", get(send_events))
@@ -96,6 +104,7 @@ fn router(app: App, shutdown: &Shutdown) -> Router {
         .route("/panic", get(panic_somewhere))
         .route("/ready", get(ready))
         .route("/tasks", get(show_tasks))
+        .route("/limit", get(show_limit))
         .with_state(app)
         .layer(layers)
 }
@@ -115,6 +124,28 @@ async fn create_order(tasks: TaskSet) -> Result<(StatusCode, Json<Ids>), SpawnEr
     let request_id = context.get::<RequestId>().map(ToString::to_string);
     let trace_id = context.get::<TraceId>().map(ToString::to_string);
     Ok((StatusCode::ACCEPTED, Json(Ids { request_id, trace_id })))
+}
+
+#[derive(Deserialize)]
+struct MakeReport {
+    ms: Option<u64>,
+    #[serde(default)]
+    panics: bool,
+}
+
+/// A report is much work: only so many are made at once, and none for too long. Whoever comes when
+/// there is no room is told to come again.
+async fn make_report(
+    tasks: TaskSet,
+    State(App { report_time, .. }): State<App>,
+    Query(MakeReport { ms, panics }): Query<MakeReport>,
+) -> response::Result<StatusCode> {
+    let ms = in_range("ms", ms.unwrap_or(500), 0..=60_000)?;
+    tasks.task("make_report").timeout(report_time).spawn(async move {
+        sleep(Duration::from_millis(ms)).await;
+        assert!(!panics, "in a report, as you asked");
+    })?;
+    Ok(StatusCode::ACCEPTED)
 }
 
 #[derive(Deserialize)]
@@ -285,11 +316,18 @@ async fn show_tasks(State(app): State<App>) -> Json<Snapshot> {
     Json(app.tasks.snapshot())
 }
 
-struct Settings {
-    port: u16,
-    grace: Duration,
-    settle: Duration,
-    task_limit: usize,
+async fn show_limit(State(App { reports, .. }): State<App>) -> Json<Value> {
+    let (limit, in_use, refused) = (reports.limit(), reports.in_use(), reports.refused());
+    Json(json!({ "limit": limit, "in_use": in_use, "refused": refused }))
+}
+
+pub(crate) struct Settings {
+    pub(crate) port: u16,
+    pub(crate) grace: Duration,
+    pub(crate) settle: Duration,
+    pub(crate) task_limit: usize,
+    pub(crate) report_limit: usize,
+    pub(crate) report_time: Duration,
 }
 
 impl Settings {
@@ -299,6 +337,8 @@ impl Settings {
             grace: Duration::from_secs(variable("GRACE", 25, 0..=3_600)?),
             settle: Duration::from_secs(variable("SETTLE", 0, 0..=3_600)?),
             task_limit: variable("TASK_LIMIT", 10_000, 0..=usize::MAX)?,
+            report_limit: variable("REPORT_LIMIT", 10, 0..=usize::MAX)?,
+            report_time: Duration::from_secs(variable("REPORT_TIME", 10, 0..=3_600)?),
         })
     }
 }
@@ -320,19 +360,25 @@ where
     }
 }
 
-/// Serves until it is told to stop, and drains.
-async fn serve(settings: Settings) -> Result<(Report, TaskRegistry), Box<dyn Error>> {
+/// What is served, what it is made of, and its end.
+pub(crate) fn site(settings: &Settings) -> Result<(Router, App, Shutdown), PlanError> {
     let limit = SpawnLimit::new(settings.task_limit).per_request(64);
     let tasks = TaskRegistry::new().limit(limit);
     let shutdown = Shutdown::new(settings.grace).settle(settings.settle).tasks(&tasks);
     shutdown.check()?;
-    let app = App { tasks: tasks.clone(), shutdown: shutdown.watch() };
+    let reports = SpawnLimit::new(settings.report_limit);
+    let report_time = settings.report_time;
+    let app = App { tasks, shutdown: shutdown.watch(), reports, report_time };
+    Ok((router(app.clone(), &shutdown), app, shutdown))
+}
 
+/// Serves until it is told to stop, and drains.
+async fn serve(settings: Settings) -> Result<(Report, TaskRegistry), Box<dyn Error>> {
+    let (router, app, shutdown) = site(&settings)?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, settings.port)).await?;
     println!("listening on http://{}", listener.local_addr()?);
-    let server =
-        axum::serve(listener, router(app, &shutdown)).with_graceful_shutdown(shutdown.signalled());
-    Ok((shutdown.run(server).await?, tasks))
+    let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.signalled());
+    Ok((shutdown.run(server).await?, app.tasks))
 }
 
 #[tokio::main]

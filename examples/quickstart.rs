@@ -1,4 +1,4 @@
-//! Five things that happen to tasks, and a shutdown, on a real server with a real client.
+//! Six things that happen to tasks, and a shutdown, on a real server with a real client.
 //!
 //! `cargo run --example quickstart` prints what happens when it happens, and the ledger at the end.
 //! It checks all that it shows, and exits with 0 only if everything came out as it should.
@@ -22,7 +22,7 @@ use axum::{
     http::{Method, Request, Response, StatusCode, header::RETRY_AFTER},
     routing::{get, post},
 };
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, future::try_join_all, stream};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::{
@@ -32,7 +32,8 @@ use hyper_util::{
 use tokio::sync::{Semaphore, broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tower_tasks::{
-    AtEnd, CatchUnwindLayer, Shutdown, SpawnError, SpawnLimit, TaskRegistry, TaskSet, TaskSetLayer,
+    AtEnd, CatchUnwindLayer, Shutdown, SpawnError, SpawnLimit, SpawnLimitLayer, TaskRegistry,
+    TaskSet, TaskSetLayer,
     catch_unwind::install_hook,
     task_set::{Counts, Outcome, TaskEvent, TaskState, assert_drained},
 };
@@ -109,7 +110,13 @@ async fn import_rows(State(app): State<App>, tasks: TaskSet) -> Result<StatusCod
     Ok(StatusCode::ACCEPTED)
 }
 
-/// (e) Starts something that takes as long as it takes.
+/// (e) Is wanted by more than there is room for: its route has a limit.
+async fn make_report(State(app): State<App>, tasks: TaskSet) -> Result<StatusCode, SpawnError> {
+    tasks.spawn("make_report", app.ask_backend())?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// (f) Starts something that takes as long as it takes.
 async fn rebuild_index(tasks: TaskSet) -> Result<StatusCode, SpawnError> {
     tasks.task("rebuild_index").at_end(AtEnd::Keep).spawn(future::pending::<()>())?;
     Ok(StatusCode::ACCEPTED)
@@ -132,6 +139,8 @@ async fn run() -> Result {
     let tasks = TaskRegistry::new().limit(limit.clone()).observer(observer);
 
     let app = App { backend: Arc::new(Semaphore::new(0)), market: broadcast::channel(8).0 };
+    let reports = SpawnLimit::new(AT_ONCE);
+    let limited = SpawnLimitLayer::new(reports.clone());
     let budget = Duration::from_secs(1);
     let shutdown = Shutdown::new(budget).grace(budget).without_signals().tasks(&tasks);
     let router = Router::new()
@@ -139,6 +148,7 @@ async fn run() -> Result {
         .route("/prices", get(stream_prices))
         .route("/photos", post(upload_photo).delete(delete_photo).get(download_photo))
         .route("/rows", post(import_rows))
+        .route("/reports", post(make_report).layer(limited))
         .route("/index", post(rebuild_index))
         .with_state(app.clone())
         .layer((CatchUnwindLayer::new(), shutdown.layer(), TaskSetLayer::new(&tasks)));
@@ -180,7 +190,12 @@ async fn run() -> Result {
     app.backend.add_permits(4);
     expect(&mut ends, 4, Outcome::Completed).await?;
 
-    println!("\n(e) A task is kept: it lives on, until the process stops.");
+    println!(
+        "\n(e) Five times as many requests as a route may have tasks: some are refused, none lost."
+    );
+    overload(&client, &mut ends, &app, &tasks, &reports).await?;
+
+    println!("\n(f) A task is kept: it lives on, until the process stops.");
     client.send(Method::POST, "/index", StatusCode::ACCEPTED).await?;
     check("one task lives", lives(&tasks, 1).await)?;
     let live = tasks.snapshot().live_tasks;
@@ -219,9 +234,10 @@ async fn run() -> Result {
 const COLUMNS: &str =
     "attempted refused spawned live completed cancelled aborted timed-out panicked";
 
-const EXPECTED: [(&str, [u64; 9]); 10] = [
+const EXPECTED: [(&str, [u64; 9]); 11] = [
     ("feed_stream", [1, 0, 1, 0, 0, 1, 0, 0, 0]),
     ("import_row", [5, 1, 4, 0, 4, 0, 0, 0, 0]),
+    ("make_report", [15, 12, 3, 0, 3, 0, 0, 0, 0]),
     ("make_thumbnail", [1, 0, 1, 0, 0, 0, 0, 0, 1]),
     ("rebuild_index", [1, 0, 1, 0, 0, 1, 0, 0, 0]),
     ("send_receipt", [1, 0, 1, 0, 1, 0, 0, 0, 0]),
@@ -229,13 +245,43 @@ const EXPECTED: [(&str, [u64; 9]); 10] = [
     ("warm_cache", [1, 0, 1, 0, 1, 0, 0, 0, 0]),
     ("watch_market", [1, 0, 1, 0, 0, 1, 0, 0, 0]),
     ("write_audit_line", [1, 0, 1, 0, 1, 0, 0, 0, 0]),
-    ("total", [13, 2, 11, 0, 7, 3, 0, 0, 1]),
+    ("total", [28, 14, 14, 0, 10, 3, 0, 0, 1]),
 ];
 
 #[rustfmt::skip]
 fn figures(of: &Counts) -> [u64; 9] {
     [of.attempted, of.refused, of.spawned, of.live,
      of.completed, of.cancelled, of.aborted, of.timed_out, of.panicked]
+}
+
+/// So many reports may be made at once.
+const AT_ONCE: usize = 3;
+
+async fn overload(
+    client: &Client,
+    ends: &mut mpsc::UnboundedReceiver<Outcome>,
+    app: &App,
+    tasks: &TaskRegistry,
+    reports: &SpawnLimit,
+) -> Result {
+    say("client", format!("POST /reports, {} times at once", 5 * AT_ONCE));
+    let requests = (0..5 * AT_ONCE).map(|_| client.request(Method::POST, "/reports"));
+    let responses = try_join_all(requests).await?;
+    let count = |so: fn(&Response<Incoming>) -> bool| responses.iter().filter(|it| so(it)).count();
+    let accepted = count(|it| it.status() == StatusCode::ACCEPTED);
+    let refused = count(|it| it.status() == StatusCode::SERVICE_UNAVAILABLE);
+    let told_when = count(|it| it.headers().contains_key(RETRY_AFTER));
+    check(&format!("{accepted} are accepted, as many as there is room for"), accepted == AT_ONCE)?;
+    check(&format!("{refused} are refused: all others"), accepted + refused == responses.len())?;
+    check("each of these is told when to come again", told_when == refused)?;
+    check(
+        "the limit says so too",
+        (reports.in_use(), reports.refused()) == (accepted, refused as u64),
+    )?;
+    check("a task lives for each that was accepted", lives(tasks, accepted).await)?;
+    app.backend.add_permits(accepted);
+    expect(ends, AT_ONCE, Outcome::Completed).await?;
+    check("all permits are back", lives(tasks, 0).await && reports.in_use() == 0)
 }
 
 async fn let_it_panic(
@@ -282,18 +328,22 @@ struct Client {
 }
 
 impl Client {
-    async fn send(&self, method: Method, path: &str, so: StatusCode) -> Result<Response<Incoming>> {
-        say("client", format!("{method} {path}"));
+    async fn request(&self, method: Method, path: &str) -> Result<Response<Incoming>> {
         let uri = format!("http://{}{path}", self.server);
         let request = Request::builder().method(method).uri(uri).body(Empty::new())?;
-        let response = self.http.request(request).await?;
+        Ok(self.http.request(request).await?)
+    }
+
+    async fn send(&self, method: Method, path: &str, so: StatusCode) -> Result<Response<Incoming>> {
+        say("client", format!("{method} {path}"));
+        let response = self.request(method, path).await?;
         check(&format!("the reply is {}", response.status()), response.status() == so)?;
         Ok(response)
     }
 }
 
 /// Waits until so many tasks have ended, and checks how.
-async fn expect(ends: &mut mpsc::UnboundedReceiver<Outcome>, count: u32, how: Outcome) -> Result {
+async fn expect(ends: &mut mpsc::UnboundedReceiver<Outcome>, count: usize, how: Outcome) -> Result {
     let mut so = true;
     for _ in 0..count {
         so &= ends.recv().await == Some(how);
