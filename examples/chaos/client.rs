@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{
     plan::{Answer, Conduct, Plan, Protocol},
-    site::{BoxError, FOR_EVER, PIECE, Site, TIMEOUT},
+    site::{BoxError, FLOOD, FLOODS, FOR_EVER, PIECE, Site, TIMEOUT},
 };
 
 /// What a client has seen of a response.
@@ -83,7 +83,8 @@ fn failed(site: &Site, error: &io::Error) {
 fn check(site: &Site, plan: &Arc<Plan>, sent: Instant, seen: &Result<Seen, BoxError>) {
     let is_grpc = plan.protocol == Protocol::Grpc;
     let good = if is_grpc { 0 } else { 200 };
-    let bytes = |pieces: u32| pieces as usize * (PIECE + if is_grpc { 5 } else { 0 });
+    let bytes_of = |pieces: u32, piece| pieces as usize * (piece + if is_grpc { 5 } else { 0 });
+    let bytes = |pieces| bytes_of(pieces, PIECE);
     if matches!(seen, Ok(Seen::Left)) {
         return;
     }
@@ -100,6 +101,9 @@ fn check(site: &Site, plan: &Arc<Plan>, sent: Instant, seen: &Result<Seen, BoxEr
         (Ok(Seen::Whole(status, len)), Answer::Streams(pieces, _)) => {
             *status == good && *len == bytes(pieces)
         }
+        (Ok(Seen::Whole(status, len)), Answer::Floods) => {
+            *status == good && *len == bytes_of(FLOODS, FLOOD)
+        }
         (Ok(Seen::Whole(status, len)), Answer::Retried) => *status == good && *len == bytes(2),
         (Ok(Seen::Whole(status, _)), Answer::Panics) => *status == if is_grpc { 13 } else { 500 },
         (Ok(Seen::Whole(status, _)), Answer::Fails) => *status == if is_grpc { 14 } else { 500 },
@@ -112,7 +116,7 @@ fn check(site: &Site, plan: &Arc<Plan>, sent: Instant, seen: &Result<Seen, BoxEr
     };
     if !is_meant {
         site.run.differs(format!("a client has seen {seen:?} of {plan:?}"));
-    } else if matches!(plan.answer, Answer::Whole(_) | Answer::Streams(..)) {
+    } else if matches!(plan.answer, Answer::Whole(_) | Answer::Streams(..) | Answer::Floods) {
         site.was_read(plan);
     }
 }
@@ -145,8 +149,9 @@ impl Http1 {
             (_, Answer::Upgrades) => ("GET", "connection: upgrade\r\nupgrade: chaos\r\n\r\n"),
             _ => ("GET", "\r\n"),
         };
+        let path = path(plan);
         let head = format!(
-            "{method} / HTTP/1.1\r\nhost: chaos\r\nx-plan: {}\r\nx-request-id: {}\r\n\
+            "{method} {path} HTTP/1.1\r\nhost: chaos\r\nx-plan: {}\r\nx-request-id: {}\r\n\
              traceparent: {}\r\n{more}",
             plan.id,
             plan.request_id(),
@@ -274,6 +279,10 @@ fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
     bytes.windows(what.len()).position(|window| window == what)
 }
 
+const fn path(plan: &Plan) -> &'static str {
+    if plan.is_shielded { "/shielded" } else { "/open" }
+}
+
 fn trace_parent(plan: &Plan) -> String {
     format!("00-{}-{:016x}-01", plan.trace_id(), plan.id + 1)
 }
@@ -350,11 +359,13 @@ async fn send(
     let request = if grpc {
         request
             .method("POST")
-            .uri("http://chaos/chaos.Chaos/Do")
+            .uri(format!("http://chaos/chaos.Chaos{}", path(plan)))
             .header("content-type", "application/grpc")
             .header("te", "trailers")
     } else {
-        request.method(if whole { "GET" } else { "POST" }).uri("http://chaos/")
+        request
+            .method(if whole { "GET" } else { "POST" })
+            .uri(format!("http://chaos{}", path(plan)))
     };
     let request = request.body(()).expect("it is valid");
     let (response, mut body) = requests.send_request(request, whole && !grpc)?;

@@ -11,9 +11,10 @@
 //!
 //! axum serves HTTP/1.1 and HTTP/2, tonic gRPC. Clients leave before the head, in the body or in
 //! the upload, with FIN, RST or a reset stream, or read slowly; handlers, bodies and tasks panic;
-//! tasks nest, block, overrun and ignore what they are told; limits are hit, timeouts pass,
-//! attempts are retried, connections upgraded; and the server is shut down at any moment and
-//! started again. The driver counts for itself what becomes of each task.
+//! tasks nest, block, overrun and ignore what they are told; limits are hit, and waited for in
+//! vain or not; handlers are shielded; timeouts pass, attempts are retried, connections upgraded;
+//! and the server is shut down at any moment and started again. The driver counts for itself what
+//! becomes of each task.
 //!
 //! When it is quiet, now and then and at the end, driver, observer, handles and ledger must agree,
 //! no task may live, and all permits must be back. Whatever runs must see the ids of its own

@@ -1,5 +1,7 @@
 //! A task that is yet to be spawned, of whatever owner.
 
+use std::time::Duration;
+
 use tower_tasks::{
     SpawnError, TaskHandle, TaskRegistry,
     task_set::{GroupHandle, NewTask, StopToken},
@@ -30,6 +32,22 @@ impl New<'_> {
         match self {
             Self::Set(new) => new.spawn(future).map_err(SpawnError::from),
             Self::Registry(new) => new.spawn(future).map_err(SpawnError::from),
+            Self::Group(new) => new.spawn(future).map_err(SpawnError::from),
+        }
+    }
+
+    /// A group does not wait.
+    pub(crate) async fn spawn_within<F>(
+        self,
+        wait: Duration,
+        future: F,
+    ) -> Result<TaskHandle<()>, SpawnError>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        match self {
+            Self::Set(new) => new.spawn_within(wait, future).await.map_err(SpawnError::from),
+            Self::Registry(new) => new.spawn_within(wait, future).await.map_err(SpawnError::from),
             Self::Group(new) => new.spawn(future).map_err(SpawnError::from),
         }
     }
@@ -68,5 +86,5 @@ fn choose<'a, O>(mut new: NewTask<'a, O>, plan: &TaskPlan) -> NewTask<'a, O> {
     if let Some(timeout) = plan.timeout {
         new = new.timeout(timeout);
     }
-    new.on_panic(plan.on_panic).grace(std::time::Duration::from_millis(5))
+    new.on_panic(plan.on_panic).grace(Duration::from_millis(5))
 }

@@ -49,6 +49,8 @@ pub(crate) enum Answer {
     Whole(Duration),
     /// With a frame every so often.
     Streams(u32, Duration),
+    /// With more than the client takes in before it reads.
+    Floods,
     Fails,
     Panics,
     BodyFails,
@@ -87,6 +89,8 @@ pub(crate) struct TaskPlan {
     pub(crate) timeout: Option<Duration>,
     pub(crate) on_panic: OnPanic,
     pub(crate) handle: HandlePlan,
+    /// How long its spawner waits for a permit.
+    pub(crate) within: Option<Duration>,
     /// Of the process, and not of the request.
     pub(crate) of_registry: bool,
     pub(crate) children: Vec<TaskPlan>,
@@ -111,10 +115,12 @@ pub(crate) enum Kind {
     ClosurePanics,
     Upgraded,
     Groups,
+    /// The handler itself.
+    Shield,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::Ready,
         Self::Yields,
         Self::Sleeps,
@@ -129,6 +135,7 @@ impl Kind {
         Self::ClosurePanics,
         Self::Upgraded,
         Self::Groups,
+        Self::Shield,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -147,6 +154,7 @@ impl Kind {
             Self::ClosurePanics => "closure_panics",
             Self::Upgraded => "upgraded",
             Self::Groups => "groups",
+            Self::Shield => "shield",
         }
     }
 }
@@ -160,13 +168,27 @@ pub(crate) enum HandlePlan {
     Abort,
 }
 
+/// What a bounded task of no registry does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bounded {
+    Yields,
+    Panics,
+    /// A closure.
+    Blocks,
+    /// Its spawner waits for a permit at most so long.
+    Waits(Duration),
+}
+
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) id: u64,
     pub(crate) protocol: Protocol,
     pub(crate) answer: Answer,
     pub(crate) conduct: Conduct,
+    /// Whether its handler is a task.
+    pub(crate) is_shielded: bool,
     pub(crate) tasks: Vec<TaskPlan>,
+    pub(crate) bounded: Option<Bounded>,
     /// When the client left.
     pub(crate) left: OnceLock<Instant>,
     pub(crate) attempts: AtomicU8,
@@ -201,13 +223,30 @@ impl Plan {
             22..26 => Conduct::ReadsSlowly,
             _ => Conduct::Reads,
         };
+        let is_small = matches!(answer, Answer::Whole(_) | Answer::Streams(..));
+        let answer = match conduct {
+            Conduct::ReadsSlowly | Conduct::LeavesInBody if is_small && dice.percent(40) => {
+                Answer::Floods
+            }
+            _ => answer,
+        };
+        let is_shielded = dice.percent(15);
         let tasks = (0..dice.below(5)).map(|_| TaskPlan::new(&mut dice, 0)).collect();
+        let bounded = match dice.below(100) {
+            0..4 => Some(Bounded::Yields),
+            4 => Some(Bounded::Panics),
+            5 => Some(Bounded::Blocks),
+            6..10 => Some(Bounded::Waits(dice.millis(20))),
+            _ => None,
+        };
         Self {
             id,
             protocol,
             answer,
             conduct,
+            is_shielded,
             tasks,
+            bounded,
             left: OnceLock::new(),
             attempts: AtomicU8::new(0),
             end: AtomicU8::new(0),
@@ -215,21 +254,26 @@ impl Plan {
     }
 
     pub(crate) fn request_id(&self) -> String {
-        format!("chaos-{}", self.id)
+        request_id(self.id)
     }
 
     pub(crate) fn trace_id(&self) -> String {
-        format!("c4a05{:027x}", self.id + 1)
+        trace_id(self.id)
     }
 
-    /// Whether the panic of a task may fail the response.
+    /// Whether the panic of a task may fail the response, or cancel a handler that is its sibling.
     pub(crate) fn may_fail(&self) -> bool {
-        fn fails(task: &TaskPlan) -> bool {
+        fn fails(task: &TaskPlan, is_shielded: bool) -> bool {
             let panics =
                 matches!(task.kind, Kind::Panics | Kind::PanicsInDrop | Kind::ClosurePanics);
-            (panics && task.on_panic == OnPanic::FailResponse) || task.children.iter().any(fails)
+            let matters = match task.on_panic {
+                OnPanic::FailResponse => true,
+                OnPanic::CancelSiblings => is_shielded,
+                _ => false,
+            };
+            (panics && matters) || task.children.iter().any(|task| fails(task, is_shielded))
         }
-        self.tasks.iter().any(fails)
+        self.tasks.iter().any(|task| fails(task, self.is_shielded))
     }
 
     pub(crate) fn left_now(&self) {
@@ -244,6 +288,14 @@ impl Plan {
     pub(crate) fn has_ended(&self, end: End) -> bool {
         self.end.load(Relaxed) == number(end)
     }
+}
+
+pub(crate) fn request_id(id: u64) -> String {
+    format!("chaos-{id}")
+}
+
+pub(crate) fn trace_id(id: u64) -> String {
+    format!("c4a05{:027x}", id + 1)
 }
 
 const fn number(end: End) -> u8 {
@@ -311,7 +363,19 @@ impl TaskPlan {
             && timeout.is_none()
             && !of_registry
             && matches!(handle, HandlePlan::Keep | HandlePlan::Drop);
-        Self { kind, at_end, on, timeout, on_panic, handle, of_registry, children, is_measured }
+        let within = dice.percent(20).then(|| dice.millis(20));
+        Self {
+            kind,
+            at_end,
+            on,
+            timeout,
+            on_panic,
+            handle,
+            within,
+            of_registry,
+            children,
+            is_measured,
+        }
     }
 
     /// The task that serves an upgraded connection.
@@ -323,6 +387,7 @@ impl TaskPlan {
             timeout: None,
             on_panic: OnPanic::Isolate,
             handle: HandlePlan::Keep,
+            within: None,
             of_registry: false,
             children: Vec::new(),
             is_measured: false,

@@ -3,10 +3,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     convert::Infallible,
-    future::IntoFuture,
+    future::{IntoFuture, poll_fn},
     io,
     net::SocketAddr,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{
@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body, extract::Request, response::IntoResponse};
+use axum::{Router, body::Body, extract::Request, response::IntoResponse, routing::any};
 use bytes::{Buf, BufMut, Bytes};
 use futures_util::{Stream, future::BoxFuture};
 use http::{HeaderMap, Method, StatusCode, header};
@@ -39,25 +39,27 @@ use tonic::{
     server::NamedService,
 };
 use tower::{
-    Service,
+    Layer, Service,
     retry::{Policy, RetryLayer},
     service_fn,
 };
 use tower_http::timeout::TimeoutLayer;
 use tower_tasks::{
-    AtEnd, CatchUnwindLayer, End, Outcome, Report, RequestLimitLayer, ResponseEndLayer, Shutdown,
-    SpawnError, SpawnLimit, TaskError, TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
-    TraceContext, TraceIdLayer,
+    AtEnd, CatchUnwindLayer, End, Outcome, Report, RequestContext, RequestContextLayer,
+    RequestLimitLayer, ResponseEndLayer, Shutdown, SpawnError, SpawnLimit, SpawnLimitLayer,
+    TaskError, TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer, TraceContext,
+    TraceIdLayer,
     request_context::{RequestId, TraceId},
     shutdown::{Forced, Kind as Forces},
-    task_set::Group,
+    spawn_limit,
+    task_set::{Group, ShieldLayer},
     trace_id::Trust,
 };
 
 use crate::{
     histogram::Histogram,
     new_task::New,
-    plan::{Answer, Dice, HandlePlan, Kind, Plan, TaskPlan},
+    plan::{Answer, Bounded, Dice, HandlePlan, Kind, Plan, TaskPlan, request_id, trace_id},
 };
 
 /// More than anything takes here; then something hangs.
@@ -66,7 +68,13 @@ pub(crate) const FOR_EVER: Duration = Duration::from_secs(20);
 pub(crate) const TIMEOUT: Duration = Duration::from_millis(250);
 const LIMIT: usize = 150;
 const REQUESTS: usize = 60;
+/// Of all that is spawned for a request, with a registry or without.
+const BOUND: usize = 160;
 pub(crate) const PIECE: usize = 64;
+/// As much as HTTP/2 lets through before somebody reads, and several of it.
+pub(crate) const FLOOD: usize = 64 * 1024;
+pub(crate) const FLOODS: u32 = 4;
+static LETTERS: [u8; FLOOD] = [b'a'; FLOOD];
 
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -136,14 +144,73 @@ struct Fates {
     unseen: AtomicU64,
 }
 
+/// Those who would wait for a permit.
+#[derive(Debug, Default)]
+struct Waits {
+    asked: AtomicU64,
+    let_in: AtomicU64,
+    refused: AtomicU64,
+    /// Of those that were decided, not at once.
+    waited: AtomicU64,
+}
+
+impl Waits {
+    /// Runs `spawn`, and sees whether it waits, which in a task it must not.
+    async fn see<T>(
+        &self,
+        in_task: bool,
+        run: &Run,
+        spawn: impl Future<Output = Result<T, SpawnError>>,
+    ) -> Result<T, SpawnError> {
+        self.asked.fetch_add(1, Relaxed);
+        let mut waited = false;
+        let mut spawn = pin!(spawn);
+        let result = poll_fn(|cx| {
+            let result = spawn.as_mut().poll(cx);
+            waited |= result.is_pending();
+            result
+        })
+        .await;
+        let decided = if result.is_ok() { &self.let_in } else { &self.refused };
+        decided.fetch_add(1, Relaxed);
+        self.waited.fetch_add(u64::from(waited), Relaxed);
+        if waited && in_task {
+            run.differs("a task that has a permit has waited for another");
+        }
+        result
+    }
+
+    /// Those whose request was over before they were decided.
+    fn gave_up(&self) -> u64 {
+        self.asked.load(SeqCst) - self.let_in.load(SeqCst) - self.refused.load(SeqCst)
+    }
+}
+
+/// Tasks that no registry knows of.
+#[derive(Debug, Default)]
+struct Unregistered {
+    attempted: AtomicU64,
+    refused: AtomicU64,
+    /// Polled, or called.
+    started: AtomicU64,
+    /// Dropped, whatever became of them.
+    gone: AtomicU64,
+    waits: Waits,
+}
+
 pub(crate) struct Site {
     pub(crate) run: Arc<Run>,
     pub(crate) http: SocketAddr,
     pub(crate) grpc: SocketAddr,
     tasks: TaskRegistry,
     limit: SpawnLimit,
+    /// That of the layer.
+    bound: SpawnLimit,
+    shield: ShieldLayer,
     pub(crate) plans: Mutex<HashMap<u64, Arc<Plan>>>,
     fates: [Fates; Kind::ALL.len()],
+    waits: [Waits; Kind::ALL.len()],
+    unregistered: Unregistered,
     handles: Mutex<Vec<(Kind, TaskHandle<()>)>>,
     /// Requests whose client has read all.
     read: Mutex<Vec<Arc<Plan>>>,
@@ -169,6 +236,7 @@ impl Site {
         let (http_at, grpc_at) = (http.local_addr()?, grpc.local_addr()?);
         let limit = SpawnLimit::new(LIMIT).per_request(6);
         let deadline = Duration::from_millis(if dice.percent(50) { 120 } else { 400 });
+        let of_handler = if dice.percent(50) { Duration::ZERO } else { dice.millis(30) };
         let budget = if dice.percent(50) { dice.millis(15) } else { dice.millis(300) };
         let site = Arc::new_cyclic(|site: &Weak<Self>| {
             let observer = site.clone();
@@ -185,8 +253,12 @@ impl Site {
                 grpc: grpc_at,
                 tasks,
                 limit,
+                bound: SpawnLimit::new(BOUND).per_request(7).queue(20),
+                shield: ShieldLayer::new(Kind::Shield.name()).at_end(AtEnd::Drain(of_handler)),
                 plans: Mutex::default(),
                 fates: std::array::from_fn(|_| Fates::default()),
+                waits: std::array::from_fn(|_| Waits::default()),
+                unregistered: Unregistered::default(),
                 handles: Mutex::default(),
                 read: Mutex::default(),
                 responses: AtomicU64::new(0),
@@ -207,6 +279,8 @@ impl Site {
             .layer(CatchUnwindLayer::new().max_events_per_second(0))
             .layer(site.shutdown.layer())
             .layer(site.requests.clone())
+            .layer(SpawnLimitLayer::new(site.bound.clone()))
+            .layer(RequestContextLayer::new(Number::of::<tonic::body::Body>))
             .layer(site.response_end::<tonic::body::Body>())
             .layer(site.task_set())
             .add_service(Grpc(site.clone()))
@@ -228,13 +302,17 @@ impl Site {
     fn router(self: &Arc<Self>) -> Router {
         let site = self.clone();
         let handler = move |request: Request| serve(site.clone(), request);
-        Router::new().fallback(handler).layer((
+        let shield = (self.shield.clone(), WatchLayer(self.clone()));
+        let shielded = any(handler.clone()).layer(shield);
+        Router::new().route("/shielded", shielded).fallback(handler).layer((
             TraceIdLayer::new().trust(Trust::Continue),
             CatchUnwindLayer::new().max_events_per_second(0),
             self.shutdown.layer(),
             RetryLayer::new(RetryOnce { again: true }),
             TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, TIMEOUT),
             self.requests.clone(),
+            SpawnLimitLayer::new(self.bound.clone()),
+            RequestContextLayer::new(Number::of::<Body>),
             self.response_end::<Body>(),
             self.task_set(),
         ))
@@ -264,8 +342,7 @@ impl Site {
     }
 
     fn plan(&self, headers: &HeaderMap) -> Option<Arc<Plan>> {
-        let id = headers.get("x-plan")?.to_str().ok()?.parse().ok()?;
-        lock(&self.plans).get(&id).cloned()
+        lock(&self.plans).get(&Number::from(headers).0).cloned()
     }
 
     fn observe(&self, event: &TaskEvent) {
@@ -294,6 +371,10 @@ impl Site {
             }
             None => self.run.differs(format!("{place} of {} saw no ids", ids.request_id)),
         }
+        let number = RequestContext::current().get::<Number>().copied();
+        if number != Some(ids.number) {
+            self.run.differs(format!("{place} of {} saw the value {number:?}", ids.request_id));
+        }
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -306,13 +387,14 @@ impl Site {
     }
 
     /// Spawns what a plan says, and counts.
-    fn spawn(
+    async fn spawn(
         self: &Arc<Self>,
         plan: &Arc<Plan>,
         task: &TaskPlan,
         set: Option<&TaskSet>,
         group: Option<&Group>,
         work: Option<BoxFuture<'static, ()>>,
+        in_task: bool,
     ) {
         let fates = &self.fates[task.kind as usize];
         let name = task.kind.name();
@@ -325,15 +407,14 @@ impl Site {
         let new = new.choose(task);
         let mut witness = Witness {
             site: self.clone(),
-            plan: plan.clone(),
-            ids: Ids::of(plan),
+            plan: Some(plan.clone()),
+            ids: Ids::of(plan.id),
             kind: task.kind,
             state: State::Idle,
             has_run: false,
             // Nothing but the client's leaving ends it at once.
             is_measured: task.is_measured && plan.conduct.leaves(),
         };
-        fates.attempted.fetch_add(1, Relaxed);
         let result = match task.kind {
             Kind::Closure | Kind::ClosurePanics => {
                 let panics = task.kind == Kind::ClosurePanics;
@@ -355,9 +436,18 @@ impl Site {
             }
             _ => {
                 let work = work.unwrap_or_else(|| act(self.clone(), plan.clone(), task.clone()));
-                new.spawn(witness.watch(work))
+                let work = witness.watch(work);
+                match task.within {
+                    Some(wait) if group.is_none() => {
+                        let waits = &self.waits[task.kind as usize];
+                        waits.see(in_task, &self.run, new.spawn_within(wait, work)).await
+                    }
+                    _ => new.spawn(work),
+                }
             }
         };
+        // Who gives up while it waits has not attempted it.
+        fates.attempted.fetch_add(1, Relaxed);
         match result {
             Ok(handle) => {
                 match task.handle {
@@ -385,10 +475,47 @@ impl Site {
         }
     }
 
+    /// Spawns a task that no registry knows of, and counts.
+    async fn spawn_bounded(self: &Arc<Self>, plan: &Plan, bounded: Bounded) {
+        let run = &self.run;
+        let unregistered = &self.unregistered;
+        let mut task = Gone { site: self.clone(), ids: Ids::of(plan.id), has_started: false };
+        let result = if bounded == Bounded::Blocks {
+            spawn_limit::spawn_blocking(move || task.runs()).map(drop).map_err(SpawnError::from)
+        } else {
+            let work = async move {
+                task.runs();
+                yield_now().await;
+                assert!(bounded != Bounded::Panics, "chaos: a bounded task");
+                task.runs();
+            };
+            match bounded {
+                Bounded::Waits(wait) => {
+                    let spawn = spawn_limit::spawn_within(wait, work);
+                    let spawn = async { spawn.await.map(drop).map_err(SpawnError::from) };
+                    unregistered.waits.see(plan.is_shielded, run, spawn).await
+                }
+                _ => spawn_limit::spawn(work).map(drop).map_err(SpawnError::from),
+            }
+        };
+        unregistered.attempted.fetch_add(1, Relaxed);
+        match result {
+            Ok(()) => {}
+            // Of a handler that goes on without its client, or waits when that leaves.
+            Err(SpawnError::Full | SpawnError::Closed) => {
+                unregistered.refused.fetch_add(1, Relaxed);
+            }
+            Err(reason) => run.differs(format!("a bounded task was refused: {reason}")),
+        }
+    }
+
     /// Waits until nothing lives any more, and compares.
     pub(crate) async fn quiet(&self) {
         let idle = async {
-            while !self.tasks.is_empty() || self.responses.load(SeqCst) != self.ends.load(SeqCst) {
+            while !self.tasks.is_empty()
+                || self.bound.in_use() > 0
+                || self.responses.load(SeqCst) != self.ends.load(SeqCst)
+            {
                 sleep(Duration::from_millis(1)).await;
             }
         };
@@ -439,6 +566,7 @@ impl Site {
     /// Another limit, while tasks hold permits of it.
     pub(crate) fn set_limit(&self, limit: usize) {
         self.limit.set_limit(limit);
+        self.bound.set_limit(limit + 10);
     }
 
     async fn compare(&self) {
@@ -460,16 +588,30 @@ impl Site {
         run.expect("live", snapshot.totals.live, 0);
         run.expect("permits", self.limit.in_use() as u64, 0);
         run.expect("permits of requests", self.requests.in_use() as u64, 0);
+        run.expect("permits of the layer", self.bound.in_use() as u64, 0);
+        run.expect("waiting", (self.limit.waiting() + self.bound.waiting()) as u64, 0);
+        let of = |count: &AtomicU64| count.load(SeqCst);
+        let unregistered = &self.unregistered;
+        let gave_up = unregistered.waits.gave_up();
+        let (attempted, refused) = (of(&unregistered.attempted), of(&unregistered.refused));
+        run.expect("bounded, gone", of(&unregistered.gone), attempted + gave_up);
+        run.expect("bounded, started", of(&unregistered.started), attempted - refused);
         for kind in Kind::ALL {
             let (name, fates) = (kind.name(), &self.fates[kind as usize]);
             let ledger = snapshot.by_name.get(name).copied().unwrap_or_default();
-            let of = |count: &AtomicU64| count.load(SeqCst);
+            if kind == Kind::Shield {
+                // The layer has the handles, and answers if it is refused.
+                let spawned = of(&fates.started);
+                fates.unseen.store(spawned, SeqCst);
+                fates.refused.store(of(&fates.attempted).saturating_sub(spawned), SeqCst);
+            }
             run.expect(&format!("{name}, attempted"), ledger.attempted, of(&fates.attempted));
             run.expect(&format!("{name}, refused"), ledger.refused, of(&fates.refused));
             run.expect(&format!("{name}, started"), ledger.spawned, of(&fates.started));
             run.expect(&format!("{name}, completed"), ledger.completed, of(&fates.finished));
             run.expect(&format!("{name}, panicked"), ledger.panicked, of(&fates.panicked));
-            let dropped = ledger.cancelled + ledger.aborted + ledger.timed_out + ledger.refused;
+            let ended = ledger.cancelled + ledger.aborted + ledger.timed_out;
+            let dropped = ended + ledger.refused + self.waits[kind as usize].gave_up();
             run.expect(&format!("{name}, dropped"), dropped, of(&fates.dropped));
             let outcomes = [
                 ledger.completed,
@@ -510,8 +652,20 @@ impl Site {
             ("timed out", totals.timed_out),
             ("panicked", totals.panicked),
             ("responses", self.responses.load(SeqCst)),
+            ("shielded", self.fates[Kind::Shield as usize].attempted.load(SeqCst)),
+            ("bounded alone", self.unregistered.attempted.load(SeqCst)),
         ] {
             self.run.count(what, n);
+        }
+        for waits in self.waits.iter().chain([&self.unregistered.waits]) {
+            for (what, n) in [
+                ("spawn_within: let in", waits.let_in.load(SeqCst)),
+                ("spawn_within: refused", waits.refused.load(SeqCst)),
+                ("spawn_within: gave up", waits.gave_up()),
+                ("spawn_within: had to wait", waits.waited.load(SeqCst)),
+            ] {
+                self.run.count(what, n);
+            }
         }
     }
 }
@@ -541,15 +695,33 @@ const fn outcome(result: &Result<(), TaskError>) -> usize {
 /// What the work of a request has to see.
 #[derive(Clone)]
 struct Ids {
+    number: Number,
     trace_id: TraceId,
     request_id: RequestId,
 }
 
 impl Ids {
-    fn of(plan: &Plan) -> Self {
-        let trace_id = plan.trace_id().parse().expect("32 digits");
-        let request_id = plan.request_id().parse().expect("few letters");
-        Self { trace_id, request_id }
+    fn of(id: u64) -> Self {
+        let trace_id = trace_id(id).parse().expect("32 digits");
+        let request_id = request_id(id).parse().expect("few letters");
+        Self { number: Number(id), trace_id, request_id }
+    }
+}
+
+/// That of a plan: a value of the request's context.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Number(u64);
+
+impl Number {
+    fn of<B>(request: &http::Request<B>) -> Self {
+        Self::from(request.headers())
+    }
+}
+
+impl From<&HeaderMap> for Number {
+    fn from(headers: &HeaderMap) -> Self {
+        let number = headers.get("x-plan").and_then(|id| id.to_str().ok()?.parse().ok());
+        Self(number.unwrap_or(u64::MAX))
     }
 }
 
@@ -565,7 +737,8 @@ enum State {
 /// Sees what becomes of a task from within, and tells it when it is dropped.
 struct Witness {
     site: Arc<Site>,
-    plan: Arc<Plan>,
+    /// `None` of a handler whose client has left before.
+    plan: Option<Arc<Plan>>,
     ids: Ids,
     kind: Kind,
     state: State,
@@ -602,7 +775,8 @@ impl Drop for Witness {
             State::Idle => &fates.dropped,
         };
         fate.fetch_add(1, SeqCst);
-        if let Some(left) = self.plan.left.get().filter(|_| self.is_measured && self.has_run) {
+        let left = self.plan.as_ref().and_then(|plan| plan.left.get());
+        if let Some(left) = left.filter(|_| self.is_measured && self.has_run) {
             self.site.run.cancel_latency.add(left.elapsed());
         }
     }
@@ -626,15 +800,79 @@ pin_project! {
     }
 }
 
-impl<F: Future<Output = ()>> Future for Witnessed<F> {
-    type Output = ();
+impl<F: Future> Future for Witnessed<F> {
+    type Output = F::Output;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         this.witness.enters();
         let output = this.future.poll(cx);
         this.witness.state = if output.is_ready() { State::Finished } else { State::Idle };
         output
+    }
+}
+
+/// Sees what becomes of handlers that are tasks.
+#[derive(Clone)]
+struct WatchLayer(Arc<Site>);
+
+impl<S> Layer<S> for WatchLayer {
+    type Service = Watch<S>;
+
+    fn layer(&self, inner: S) -> Watch<S> {
+        Watch { inner, site: self.0.clone() }
+    }
+}
+
+#[derive(Clone)]
+struct Watch<S> {
+    inner: S,
+    site: Arc<Site>,
+}
+
+impl<S: Service<http::Request<B>>, B> Service<http::Request<B>> for Watch<S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Witnessed<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        self.site.fates[Kind::Shield as usize].attempted.fetch_add(1, Relaxed);
+        let witness = Witness {
+            site: self.site.clone(),
+            plan: None,
+            ids: Ids::of(Number::of(&request).0),
+            kind: Kind::Shield,
+            state: State::Idle,
+            has_run: false,
+            is_measured: false,
+        };
+        witness.watch(self.inner.call(request))
+    }
+}
+
+/// What a bounded task holds, and sees.
+struct Gone {
+    site: Arc<Site>,
+    ids: Ids,
+    has_started: bool,
+}
+
+impl Gone {
+    fn runs(&mut self) {
+        self.site.check_ids(&self.ids, "a bounded task");
+        if !std::mem::replace(&mut self.has_started, true) {
+            self.site.unregistered.started.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.site.unregistered.gone.fetch_add(1, SeqCst);
     }
 }
 
@@ -668,7 +906,7 @@ fn act(site: Arc<Site>, plan: Arc<Plan>, task: TaskPlan) -> BoxFuture<'static, (
             Kind::Nests => {
                 let set = TaskSet::current().ok();
                 for child in &task.children {
-                    site.spawn(&plan, child, set.as_ref(), None, None);
+                    site.spawn(&plan, child, set.as_ref(), None, None, true).await;
                     yield_now().await;
                 }
             }
@@ -680,7 +918,7 @@ fn act(site: Arc<Site>, plan: Arc<Plan>, task: TaskPlan) -> BoxFuture<'static, (
                 }
                 .limit(2);
                 for child in &task.children {
-                    site.spawn(&plan, child, None, Some(&group), None);
+                    site.spawn(&plan, child, None, Some(&group), None, true).await;
                 }
                 yield_now().await;
                 if plan.id.is_multiple_of(2) {
@@ -697,7 +935,7 @@ async fn serve(site: Arc<Site>, mut request: Request) -> axum::response::Respons
     let Some(plan) = site.plan(request.headers()) else {
         return status(StatusCode::NOT_FOUND);
     };
-    let (set, attempt) = site.begin(&plan);
+    let (set, attempt) = site.begin(&plan).await;
     match plan.answer {
         Answer::Whole(after) => {
             if !after.is_zero() {
@@ -723,7 +961,9 @@ async fn serve(site: Arc<Site>, mut request: Request) -> axum::response::Respons
                 }
                 drop(hold);
             };
-            site.spawn(&plan, &TaskPlan::upgraded(), set.as_ref(), None, Some(Box::pin(work)));
+            let task = TaskPlan::upgraded();
+            let work = Some(Box::pin(work) as BoxFuture<'static, ()>);
+            site.spawn(&plan, &task, set.as_ref(), None, work, plan.is_shielded).await;
             let switched = [(header::CONNECTION, "upgrade"), (header::UPGRADE, "chaos")];
             (StatusCode::SWITCHING_PROTOCOLS, switched).into_response()
         }
@@ -737,15 +977,18 @@ fn status(status: StatusCode) -> axum::response::Response {
 
 impl Site {
     /// What all handlers do first: they look at their ids, and start their tasks.
-    fn begin(self: &Arc<Self>, plan: &Arc<Plan>) -> (Option<TaskSet>, u8) {
-        self.check_ids(&Ids::of(plan), "handler");
+    async fn begin(self: &Arc<Self>, plan: &Arc<Plan>) -> (Option<TaskSet>, u8) {
+        self.check_ids(&Ids::of(plan.id), "handler");
         let attempt = plan.attempts.fetch_add(1, Relaxed);
         let set = TaskSet::current().ok();
         if set.is_none() {
             self.run.differs("a handler has no task set");
         }
         for task in &plan.tasks {
-            self.spawn(plan, task, set.as_ref(), None, None);
+            self.spawn(plan, task, set.as_ref(), None, None, plan.is_shielded).await;
+        }
+        if let Some(bounded) = plan.bounded {
+            self.spawn_bounded(plan, bounded).await;
         }
         (set, attempt)
     }
@@ -758,22 +1001,37 @@ struct Pieces {
     ids: Ids,
     left: u32,
     every: Duration,
+    piece: &'static [u8],
     wait: Option<Pin<Box<Sleep>>>,
     grief: bool,
+    is_polled: bool,
 }
 
 impl Pieces {
     fn new(site: Arc<Site>, plan: Arc<Plan>, answer: Answer) -> Self {
         let (left, every) = match answer {
             Answer::Streams(pieces, every) => (pieces, every),
+            Answer::Floods => (FLOODS, Duration::ZERO),
             _ => (2, Duration::from_millis(1)),
         };
         let grief = matches!(answer, Answer::BodyFails | Answer::BodyPanics);
-        Self { ids: Ids::of(&plan), site, plan, left, every, wait: None, grief }
+        let piece = if answer == Answer::Floods { &LETTERS } else { &LETTERS[..PIECE] };
+        Self {
+            ids: Ids::of(plan.id),
+            site,
+            plan,
+            left,
+            every,
+            piece,
+            wait: None,
+            grief,
+            is_polled: false,
+        }
     }
 
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BoxError>>> {
         self.site.check_ids(&self.ids, "body");
+        self.is_polled = true;
         if self.left == 0 {
             return Poll::Ready(None);
         }
@@ -787,7 +1045,7 @@ impl Pieces {
             assert!(self.plan.answer != Answer::BodyPanics, "chaos: the body");
             return Poll::Ready(Some(Err("chaos".into())));
         }
-        Poll::Ready(Some(Ok(Bytes::from_static(&[b'a'; PIECE]))))
+        Poll::Ready(Some(Ok(Bytes::from_static(self.piece))))
     }
 }
 
@@ -818,7 +1076,10 @@ impl Stream for Pieces {
 
 impl Drop for Pieces {
     fn drop(&mut self) {
-        self.site.check_ids(&self.ids, "drop of the body");
+        // That of a shielded handler whose client has left is nobody's.
+        if self.is_polled || !self.plan.is_shielded {
+            self.site.check_ids(&self.ids, "drop of the body");
+        }
     }
 }
 
@@ -874,30 +1135,40 @@ impl Service<http::Request<tonic::body::Body>> for Grpc {
 
     fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
         let site = self.0.clone();
-        let plan = site.plan(request.headers());
-        Box::pin(async move {
-            let mut grpc = tonic::server::Grpc::new(Plain);
-            let handler = service_fn(move |_: tonic::Request<Bytes>| {
-                let (site, plan) = (site.clone(), plan.clone());
-                async move {
-                    let plan = plan.ok_or_else(|| Status::not_found("no plan"))?;
-                    site.begin(&plan);
-                    let answer = match plan.answer {
-                        Answer::Fails => return Err(Status::unavailable("chaos")),
-                        Answer::Panics => panic!("chaos: the handler"),
-                        Answer::Never => std::future::pending().await,
-                        Answer::Whole(after) => {
-                            sleep(after).await;
-                            Answer::Streams(1, Duration::ZERO)
-                        }
-                        answer => answer,
-                    };
-                    Ok(tonic::Response::new(Pieces::new(site, plan, answer)))
-                }
-            });
-            Ok(grpc.server_streaming(handler, request).await)
-        })
+        let handler = service_fn(move |request| answer(site.clone(), request));
+        if !request.uri().path().ends_with("/shielded") {
+            return Box::pin({ handler }.call(request));
+        }
+        let layers = (self.0.shield.clone(), WatchLayer(self.0.clone()));
+        let response = layers.layer(handler).call(request);
+        Box::pin(async { Ok(response.await?.map(tonic::body::Body::new)) })
     }
+}
+
+async fn answer(
+    site: Arc<Site>,
+    request: http::Request<tonic::body::Body>,
+) -> Result<http::Response<tonic::body::Body>, Infallible> {
+    let plan = site.plan(request.headers());
+    let handler = service_fn(move |_: tonic::Request<Bytes>| {
+        let (site, plan) = (site.clone(), plan.clone());
+        async move {
+            let plan = plan.ok_or_else(|| Status::not_found("no plan"))?;
+            site.begin(&plan).await;
+            let answer = match plan.answer {
+                Answer::Fails => return Err(Status::unavailable("chaos")),
+                Answer::Panics => panic!("chaos: the handler"),
+                Answer::Never => std::future::pending().await,
+                Answer::Whole(after) => {
+                    sleep(after).await;
+                    Answer::Streams(1, Duration::ZERO)
+                }
+                answer => answer,
+            };
+            Ok(tonic::Response::new(Pieces::new(site, plan, answer)))
+        }
+    });
+    Ok(tonic::server::Grpc::new(Plain).server_streaming(handler, request).await)
 }
 
 /// Messages are bytes as they are.

@@ -60,7 +60,7 @@ use crate::{AtEnd, Http, NoTaskSet, Plain, SpawnError, Stopped, TaskError, TaskH
 ///
 /// The future must be `Send + 'static`. What runs in the service's `call`, before there is a future,
 /// is not shielded, and neither is the body of the response: it belongs to the connection, and is
-/// dropped unread when the client has left. The body of the request ends in an error then. In the
+/// dropped unread when the client has left, in a place where nothing is current. The body of the request ends in an error then. In the
 /// handler's task, [`tower_response_end::hold`] holds nothing; [`TaskSet::hold`] holds the set.
 pub struct ShieldLayer<P = Http> {
     name: &'static str,
