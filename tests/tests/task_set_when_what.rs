@@ -122,7 +122,7 @@ async fn check(Cell { version, when, what }: Cell) {
             let error = soon(task).await.unwrap_err();
             assert!(matches!(error, TaskError::Cancelled(cause) if cause == when.end().into()));
         }
-        AtEnd::Drain(_) | AtEnd::Keep => {
+        _ => {
             let state = if what == AtEnd::Keep { TaskState::Kept } else { TaskState::Draining };
             let live = site.tasks.snapshot().live_tasks;
             assert_eq!((live.len(), live[0].state, live[0].at_end), (1, state, what));

@@ -12,6 +12,7 @@ use tower_response_end::End;
 ///
 /// The default is `Drain` of 30 seconds: work is not lost because a client left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum AtEnd {
     /// It is cancelled: at its next await it is dropped.
     Cancel,

@@ -60,7 +60,7 @@ async fn assert_lives(
             let lived = start.elapsed();
             assert!(lived >= time && lived < time + slack, "{lived:?}");
         }
-        AtEnd::Keep => {
+        _ => {
             assert_eq!(says(), (TaskState::Kept, lifetime));
             assert!(timeout(secs(86_400), &mut task).await.is_err());
             open.send(()).unwrap();
