@@ -1,5 +1,5 @@
 use std::{
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, OnceLock},
     task::{Context, Poll},
     time::Duration,
@@ -8,6 +8,7 @@ use std::{
 use http::Request;
 use tokio::{
     runtime::{Handle, Id},
+    task::coop::unconstrained,
     time::{Instant, Sleep, sleep_until},
 };
 use tower_catch_unwind::catch;
@@ -86,7 +87,9 @@ impl Deadline {
             self.timer = self.set();
         }
         match &mut self.timer {
-            Timer::Set(sleep) => sleep.as_mut().poll(cx),
+            // What comes before it in this poll may have used up tokio's budget for the task, each
+            // time: then a timer says nothing.
+            Timer::Set(sleep) => pin!(unconstrained(sleep.as_mut())).poll(cx),
             Timer::Unset | Timer::Never => Poll::Pending,
         }
     }

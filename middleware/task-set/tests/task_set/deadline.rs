@@ -6,6 +6,7 @@ use http_body::Body;
 use http_body_util::{BodyExt, Empty};
 use tokio::{
     runtime::Builder,
+    task::coop::{consume_budget, has_budget_remaining},
     time::{Instant, advance},
 };
 use tokio_test::task::spawn;
@@ -58,6 +59,28 @@ async fn a_request_that_takes_too_long_is_answered_and_its_set_ends() {
     advance(secs(1_000)).await;
     assert!(!task.is_finished());
     assert!(start.elapsed() > secs(1_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_uses_up_the_budget_of_its_task_has_no_more_time() {
+    let tasks = TaskRegistry::new();
+    let layer = TaskSetLayer::new(&tasks).deadline(secs(3));
+    let mut response = spawn(
+        layer
+            .layer(service_fn(async |_: Request<()>| {
+                loop {
+                    consume_budget().await;
+                }
+                #[expect(unreachable_code, reason = "for its type")]
+                Ok::<_, Broken>(Response::new(Empty::<Bytes>::new()))
+            }))
+            .oneshot(Request::new(())),
+    );
+    assert!(response.poll().is_pending());
+    assert!(!has_budget_remaining());
+    advance(secs(4)).await;
+    let Poll::Ready(answer) = response.poll() else { panic!("it goes on") };
+    assert_eq!(answer.unwrap().status(), 504);
 }
 
 #[tokio::test(start_paused = true)]
