@@ -363,7 +363,7 @@ impl TaskRegistry {
         self.owner().own_set(&self.0)
     }
 
-    #[cfg(all(test, loom))]
+    #[cfg(test)]
     pub(crate) fn sets_listed(&self) -> usize {
         self.owner().sets().len()
     }

@@ -626,6 +626,8 @@ impl Set {
             return;
         }
         inner.end = Some(end);
+        // Who lets go as the last has nothing to tell any more, and retires it.
+        inner.held_end = None;
         // Wakers are the code of others.
         let waker = inner.response.take();
         if let Some(deadline) = inner.deadline_mut() {
@@ -1247,6 +1249,27 @@ mod tests {
     #[test]
     fn a_waiting_task_costs_its_set_24_bytes() {
         assert_eq!(size_of::<Entry>(), 24);
+    }
+
+    #[test]
+    fn a_set_that_was_held_is_over_when_it_is_let_go_whatever_has_ended_it() {
+        let (completed, timed_out) = (End::Completed, End::TimedOut);
+        for (ends, counts) in [
+            (&[completed][..], completed),
+            (&[timed_out], timed_out),
+            (&[completed, timed_out], timed_out),
+            (&[timed_out, completed], timed_out),
+        ] {
+            let registry = TaskRegistry::new();
+            let set = Set::new(registry.config().clone(), RequestContext::new());
+            assert!(set.hold());
+            for end in ends {
+                set.end(*end);
+            }
+            assert_eq!(registry.sets_listed(), 1);
+            set.let_go();
+            assert_eq!((registry.sets_listed(), set.ended()), (0, Some(counts)), "{ends:?}");
+        }
     }
 
     #[test]
