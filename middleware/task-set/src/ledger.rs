@@ -4,6 +4,7 @@ use std::{
     hash::{BuildHasherDefault, Hasher},
     ops::AddAssign,
     panic::Location,
+    sync::Arc,
     time::Duration,
 };
 
@@ -36,7 +37,7 @@ pub struct Counts {
     pub completed: u64,
     /// Tasks that were dropped at an await, or before they started, because they were told to end.
     pub cancelled: u64,
-    /// Tasks that were dropped with their runtime.
+    /// Tasks that were dropped because their grace was over, or with their runtime.
     pub aborted: u64,
     /// Tasks whose own timeout passed.
     pub timed_out: u64,
@@ -82,9 +83,10 @@ pub struct Snapshot {
     pub by_name: BTreeMap<&'static str, Counts>,
     /// The tasks that live, in no order.
     pub live_tasks: Vec<LiveTask>,
-    /// The tasks that were [told to end](crate::TaskRegistry::cancel_all) for
-    /// [`Cause::Shutdown`](crate::Cause::Shutdown) before anything else told them to, and did so
-    /// without coming to their end, in no order.
+    /// The tasks that a shutdown has ended, in no order: those that were
+    /// [told to end](crate::TaskRegistry::cancel_all) before anything else told them to, and did so
+    /// without coming to their end when the registry was [closed](crate::TaskRegistry::close).
+    /// While it is open, such an end is some end, and is not listed.
     pub forced_tasks: Vec<ForcedTask>,
 }
 
@@ -248,7 +250,7 @@ pub(crate) struct Base {
     counts: Vec<(&'static str, Counts)>,
     /// Where the last name is in them: mostly that of the next too.
     last: usize,
-    pub(crate) forced: Vec<ForcedTask>,
+    pub(crate) forced: ForcedTasks,
 }
 
 impl Base {
@@ -275,6 +277,34 @@ impl Base {
 
     pub(crate) fn counts(&self) -> Vec<(&'static str, Counts)> {
         self.counts.clone()
+    }
+}
+
+/// The tasks that a shutdown has ended: in chunks, of which whoever reads them under a lock copies
+/// the pointers.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ForcedTasks(Vec<Arc<Vec<ForcedTask>>>);
+
+impl ForcedTasks {
+    const CHUNK: usize = 256;
+
+    pub(crate) fn push(&mut self, task: ForcedTask) {
+        match self.0.last_mut() {
+            // Copied if somebody still reads it.
+            Some(last) if last.len() < Self::CHUNK => Arc::make_mut(last).push(task),
+            _ => self.0.push(Arc::new(vec![task])),
+        }
+    }
+
+    /// Each of them, and where it has no trace id of its own with that of its request.
+    pub(crate) fn in_request(
+        &self,
+        trace_id: Option<TraceId>,
+    ) -> impl Iterator<Item = ForcedTask> + '_ {
+        self.0
+            .iter()
+            .flat_map(|chunk| &**chunk)
+            .map(move |task| ForcedTask { trace_id: task.trace_id.or(trace_id), ..task.clone() })
     }
 }
 
@@ -351,6 +381,30 @@ mod tests {
         assert_eq!((left.attempted, left.spawned, left.refused, left.completed), (2, 2, 0, 0));
         taken += left;
         assert_eq!(taken, all, "nothing is lost");
+    }
+
+    #[test]
+    fn whoever_reads_what_was_forced_copies_pointers_and_sees_nothing_later() {
+        let task = |age| ForcedTask {
+            name: "task",
+            site: Location::caller(),
+            age: Duration::from_secs(age),
+            trace_id: None,
+            outcome: Outcome::Cancelled,
+        };
+        let mut forced = ForcedTasks::default();
+        let most = 4 * ForcedTasks::CHUNK as u64;
+        (0..most - 1).for_each(|age| forced.push(task(age)));
+        let read = forced.clone();
+        let shared = |(one, other): (&Arc<_>, &Arc<_>)| Arc::ptr_eq(one, other);
+        assert!(read.0.iter().zip(&forced.0).all(shared));
+        (most - 1..=most).for_each(|age| forced.push(task(age)));
+        let ages = |forced: &ForcedTasks| -> Vec<_> {
+            forced.in_request(None).map(|task| task.age.as_secs()).collect()
+        };
+        assert_eq!(ages(&read), (0..most - 1).collect::<Vec<_>>());
+        assert_eq!(ages(&forced), (0..=most).collect::<Vec<_>>());
+        assert_eq!(read.0.iter().zip(&forced.0).filter(|it| shared(*it)).count(), 3, "the rest");
     }
 
     #[test]

@@ -174,6 +174,7 @@ fn a_task_that_races_a_shutdown_is_listed_exactly_if_that_has_ended_it() {
         let registry = TaskRegistry::new();
         let set = set(&registry);
         let member = enter(&set).unwrap();
+        registry.close();
         let task = thread::spawn(move || {
             let mut task = Box::pin(Tracked::new(async {}, member));
             let poll = task.as_mut().poll(&mut Context::from_waker(Waker::noop()));
@@ -334,15 +335,22 @@ fn a_snapshot_while_a_set_goes_over_counts_it_once() {
         let registry = TaskRegistry::new();
         let set = set(&registry);
         let member = enter(&set).unwrap();
+        // Of two tasks the shutdown ends one.
+        complete(enter(&set).unwrap());
+        registry.close();
+        registry.cancel_all();
         let task = thread::spawn(move || {
-            complete(member);
+            drop(member);
             set.end(End::Completed);
         });
-        let counts = registry.snapshot().totals;
+        let snapshot = registry.snapshot();
+        let (counts, forced) = (snapshot.totals, snapshot.forced_tasks.len() as u64);
         assert!(counts.is_exact(), "{counts:?}");
-        assert_eq!(counts.spawned, 1);
+        assert_eq!((counts.spawned, counts.completed), (2, 1));
+        assert_eq!(counts.aborted, forced, "in the list exactly if it is counted");
         task.join().unwrap();
-        assert_exact(&registry, 1, 0, 0);
+        assert_exact(&registry, 2, 0, 0);
+        assert_eq!(registry.snapshot().forced_tasks.len(), 1);
         counts.live
     });
     assert_eq!(seen, [0, 1]);

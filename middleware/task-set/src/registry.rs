@@ -618,7 +618,7 @@ impl Owner {
             for (name, counts) in base {
                 snapshot.add(name, counts);
             }
-            snapshot.forced_tasks.extend(forced);
+            snapshot.forced_tasks.extend(forced.in_request(None));
             for reading in readings {
                 reading.add_to(&mut snapshot);
             }

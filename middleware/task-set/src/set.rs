@@ -535,7 +535,8 @@ impl Set {
             limit.release();
         }
         let mut inner = self.lock();
-        if inner.cancelled && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
+        let is_shutdown = inner.cancelled && inner.closed;
+        if is_shutdown && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
             inner.note_forced(slot, self.born, outcome);
         }
         let (kind, waker) = inner.free_slot(slot);
@@ -1066,8 +1067,9 @@ impl Set {
         for kind in &inner.kinds {
             base.add(kind.name, kind.counts(0));
         }
-        if let Some(rare) = &mut inner.rare {
-            reading::add_forced(&mut base.forced, mem::take(&mut rare.forced), trace_id);
+        // They stay here as the counts do, for a snapshot that has found it listed.
+        if let Some(rare) = &inner.rare {
+            rare.forced.in_request(trace_id).for_each(|task| base.forced.push(task));
         }
         true
     }

@@ -16,7 +16,7 @@ use tower_spawn_limit::{SpawnError, SpawnLimit};
 use super::Home;
 use crate::{
     AtEnd, Cause, ForcedTask, OnPanic, Outcome,
-    ledger::{Kind, OTHER},
+    ledger::{ForcedTasks, Kind, OTHER},
     lifetime::Policy,
     reaper::{Key, Runtime},
     stop::Stop,
@@ -71,7 +71,7 @@ pub(super) struct Rare {
     /// panicked with. The last few, for nobody may ask.
     drop_panics: Vec<(u32, u16, Panic)>,
     /// What a shutdown has ended.
-    pub(super) forced: Vec<ForcedTask>,
+    pub(super) forced: ForcedTasks,
     /// Why the response is to fail.
     pub(super) failed: Option<Panic>,
     pub(super) deadline: Option<Deadline>,

@@ -6,13 +6,16 @@ use super::{
     Set,
     members::{FREE, Lifetime, in_ticks},
 };
-use crate::{AtEnd, ForcedTask, LiveTask, Snapshot, TaskState, ledger::Kind};
+use crate::{
+    AtEnd, LiveTask, Snapshot, TaskState,
+    ledger::{ForcedTasks, Kind},
+};
 
 /// What was read of a set for a snapshot.
 pub(crate) struct Reading {
     kinds: Vec<Kind>,
     tasks: Vec<ReadTask>,
-    forced: Vec<ForcedTask>,
+    forced: ForcedTasks,
     age: Duration,
     trace_id: Option<TraceId>,
 }
@@ -42,23 +45,11 @@ impl Reading {
                 at_end: task.at_end,
             });
         }
-        add_forced(&mut snapshot.forced_tasks, self.forced, self.trace_id);
+        snapshot.forced_tasks.extend(self.forced.in_request(self.trace_id));
         for (kind, live) in self.kinds.into_iter().zip(live) {
             snapshot.add(kind.name, kind.counts(live));
         }
     }
-}
-
-/// Those of a set, where a task has no trace id of its own with that of the set.
-pub(super) fn add_forced(
-    to: &mut Vec<ForcedTask>,
-    forced: Vec<ForcedTask>,
-    trace_id: Option<TraceId>,
-) {
-    to.extend(forced.into_iter().map(|task| {
-        let trace_id = task.trace_id.or(trace_id);
-        ForcedTask { trace_id, ..task }
-    }));
 }
 
 impl Set {

@@ -299,6 +299,7 @@ async fn as_json_a_snapshot_has_exactly_these_keys() {
     let json = serde_json::to_value(other.snapshot()).unwrap();
     assert!(json["live_tasks"][0]["trace_id"].is_null());
 
+    tasks.close();
     tasks.cancel_all();
     settle().await;
     let json = serde_json::to_value(tasks.snapshot()).unwrap();

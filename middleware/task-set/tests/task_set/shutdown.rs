@@ -113,6 +113,24 @@ async fn what_is_told_something_else_after_a_shutdown_was_forced() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_told_to_end_while_the_registry_was_open_was_not_forced() {
+    let tasks = TaskRegistry::new();
+    let served = serve(&TaskSetLayer::new(&tasks));
+    served.set.spawn("in a request", forever()).unwrap();
+    tasks.spawn("own", forever()).unwrap();
+    tasks.cancel_all();
+    tasks.idle().await;
+    served.end(End::Completed);
+    assert_eq!(forced(&tasks), []);
+    tasks.spawn("own", forever()).unwrap();
+    tasks.close();
+    tasks.cancel_all();
+    tasks.wait().await;
+    assert_eq!(forced(&tasks), [("own", Outcome::Cancelled)]);
+    assert_ledger(&tasks, "cancelled 3");
+}
+
+#[tokio::test(start_paused = true)]
 async fn of_graceful_tasks_those_were_forced_whose_grace_was_over() {
     let tasks = TaskRegistry::new();
     let cooperates = tasks.spawn_graceful("cooperates", |stop| async move {
