@@ -193,8 +193,10 @@ impl ResponseScope {
     pub(crate) fn new(layer: &Arc<Config>, deadline: Option<Box<Deadline>>) -> Self {
         let (nested, in_task) = HERE.with(|here| {
             here.look(|current| match current {
+                // The tasks in a set of the registry's own are strangers: a call has no part in it.
                 Current::Set(set, slot) => {
-                    (Arc::ptr_eq(set.owner(), &layer.owner), *slot < JUST_MADE)
+                    let nested = !set.is_own() && Arc::ptr_eq(set.owner(), &layer.owner);
+                    (nested, *slot < JUST_MADE)
                 }
                 Current::Unasked(around) => (Arc::ptr_eq(&around.owner, &layer.owner), false),
                 Current::Nothing => (false, false),

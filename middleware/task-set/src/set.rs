@@ -118,6 +118,11 @@ impl Set {
         Arc::ptr_eq(&self.config, config)
     }
 
+    /// Whether it is the registry's, for tasks that belong to no request.
+    pub(crate) const fn is_own(&self) -> bool {
+        self.own
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.lock().live as usize
     }
@@ -1013,6 +1018,9 @@ impl Set {
 
     /// Adds what was chosen on the set, or by a layer further inside.
     pub(crate) fn add_policy(&self, chosen: &Policy) {
+        if self.own {
+            return;
+        }
         let mut inner = self.lock();
         inner.rare_mut().policy.get_or_insert_with(|| self.config.policy.clone()).add(chosen);
     }
@@ -1020,7 +1028,7 @@ impl Set {
     /// Whether it could still be held.
     pub(crate) fn hold(&self) -> bool {
         let mut inner = self.lock();
-        let open = inner.end.is_none();
+        let open = inner.end.is_none() && !self.own;
         if open {
             inner.holds += 1;
         }

@@ -30,6 +30,12 @@ impl TaskSet {
     /// The set of the request that is being served here: in the handler, in the polls and the drop
     /// of the response's body, and in tasks of the set.
     ///
+    /// In a task that belongs to no request it is a set of the
+    /// [registry](crate::TaskRegistry::spawn), which others spawn into too: for more tasks like
+    /// that, and no more. There is no response to end or to hold, and choices for all and
+    /// [`cancel_all`](Self::cancel_all) change nothing, for they would meet strangers; tasks that
+    /// end together are a [`group`](Self::group).
+    ///
     /// # Errors
     ///
     /// [`NoTaskSet`] if there is none: no [`TaskSetLayer`](crate::TaskSetLayer) is above, or this
@@ -208,7 +214,8 @@ impl TaskSet {
         self.0.deadline()
     }
 
-    /// How many of its tasks live.
+    /// How many of its tasks live. In a task that belongs to no request, that is how many live of
+    /// those that were spawned beside it, by whomever.
     pub fn len(&self) -> usize {
         self.0.len()
     }
@@ -220,15 +227,18 @@ impl TaskSet {
 
     /// Tells all its tasks to end, for [`Cause::Requested`], and accepts no more.
     pub fn cancel_all(&self) {
-        self.0.cancel(Cause::Requested);
+        if !self.0.is_own() {
+            self.0.cancel(Cause::Requested);
+        }
     }
 
     /// Keeps the set open when the response is over, until the hold is dropped: for a connection
-    /// that was upgraded and lives on. Also [holds](hold) the layers around it. When the response
-    /// is over already, it holds nothing.
+    /// that was upgraded and lives on. Also [holds](hold) the layers around it, where the set is
+    /// the current one. When the response is over already, or there never was one, it holds nothing.
     pub fn hold(&self) -> Hold {
-        let around = hold();
         let held = self.0.hold().then(|| self.0.clone());
+        // What is around here is not around the set of another request.
+        let around = held.as_ref().filter(|set| place::is_current(set)).and_then(|_| hold());
         Hold { set: held, _around: around }
     }
 

@@ -850,6 +850,29 @@ async fn a_hold_holds_the_layers_around_too() {
 }
 
 #[tokio::test]
+async fn a_hold_on_the_set_of_another_request_does_not_hold_the_one_here() {
+    let tasks = TaskRegistry::new();
+    let ended = Log::new();
+    let log = ended.clone();
+    let around = ResponseEndLayer::new(move |_: &Request<()>| {
+        let log = log.clone();
+        move |end| log.push(end)
+    });
+    let layer = TaskSetLayer::new(&tasks);
+    let other = serve(&layer);
+    let set = other.set.clone();
+    let mut request = serve_through(|handler| around.layer(layer.layer(handler)));
+    let hold = request.in_poll(move || set.hold());
+    request.end(End::Completed);
+    assert_eq!(ended.take(), [End::Completed]);
+    let set = other.set.clone();
+    other.end(End::Completed);
+    set.spawn("task", async {}).unwrap();
+    drop(hold);
+    assert_eq!(set.spawn("task", async {}).unwrap_err().reason, SpawnError::Closed);
+}
+
+#[tokio::test]
 async fn a_task_of_no_request_can_take_a_hold_and_leaves_nothing_behind() {
     let freed = Flag::default();
     let on_drop = freed.on_drop();

@@ -12,8 +12,8 @@ use std::{
 
 use tokio::time::Instant;
 use tower_task_set::{
-    AtEnd, Cause, End, Observe, Outcome, SpawnError, SpawnLimit, TaskEvent, TaskRegistry, TaskSet,
-    TaskSetLayer, TaskState, assert_drained,
+    AtEnd, Cause, End, Observe, OnPanic, Outcome, SpawnError, SpawnLimit, StopToken, TaskEvent,
+    TaskRegistry, TaskSet, TaskSetLayer, TaskState, assert_drained,
 };
 
 use crate::support::*;
@@ -69,6 +69,53 @@ async fn a_task_of_no_request_can_spawn_whatever_was_chosen_elsewhere_meanwhile(
     open.send(()).unwrap();
     assert_eq!(parent.unwrap().await.unwrap(), 3);
     assert_ledger(&tasks, "live 1, completed 2");
+}
+
+#[tokio::test]
+async fn a_task_of_no_request_changes_nothing_for_others() {
+    let tasks = TaskRegistry::new();
+    let stranger = tasks.spawn("stranger", forever()).unwrap();
+    let told = tasks.spawn("task", async {
+        let set = TaskSet::current().unwrap();
+        set.at_end(AtEnd::Cancel);
+        set.on(End::Completed, AtEnd::Cancel);
+        set.grace(Duration::ZERO);
+        set.on_panic(OnPanic::FailResponse);
+        set.cancel_all();
+        // It goes on itself, too.
+        let asks = |stop: StopToken| async move { (stop.cancelled().await, settle().await).0 };
+        set.spawn_graceful("child", asks).unwrap()
+    });
+    let child = told.unwrap().await.unwrap();
+    settle().await;
+    child.cancel();
+    assert_eq!(outcome(child).await, Yield::Completed(Cause::Requested), "it has its grace");
+    assert!(!stranger.is_finished());
+    assert!(tasks.spawn("later", async {}).is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_task_of_no_request_calls_has_a_set_of_its_own() {
+    let tasks = TaskRegistry::new().limit(SpawnLimit::new(10).per_request(1));
+    let layer = TaskSetLayer::new(&tasks).at_end(AtEnd::Cancel).deadline(secs(3));
+    let stranger = tasks.spawn("stranger", forever()).unwrap();
+    let worker = tasks.spawn("worker", async move {
+        for _ in 0..2 {
+            let call = serve(&layer);
+            let task = call.set.spawn("task", forever()).unwrap();
+            let full = call.set.spawn("task", forever()).unwrap_err();
+            assert_eq!((full.reason, call.set.len()), (SpawnError::Full, 1));
+            call.end(End::Completed);
+            assert_eq!(outcome(task).await, Yield::Cancelled(Cause::Completed));
+        }
+        let stuck = serve(&layer);
+        tokio::time::sleep(secs(4)).await;
+        assert_eq!(stuck.set.spawn("task", async {}).unwrap_err().reason, SpawnError::Closed);
+        TaskSet::current().unwrap().spawn("child", async {}).unwrap().await.unwrap();
+    });
+    worker.unwrap().await.unwrap();
+    assert!(!stranger.is_finished());
+    assert_ledger(&tasks, "refused 3, live 1, completed 2, cancelled 2");
 }
 
 #[tokio::test]
