@@ -17,7 +17,7 @@
 use std::{
     env, io,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Stdio,
     sync::{
         Arc,
@@ -31,9 +31,9 @@ use h2::client::SendRequest;
 use http::Request;
 use serde_json::Value;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
     net::TcpStream,
-    process::Command,
+    process::{Child, ChildStdout, Command},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -54,6 +54,38 @@ type Result<T = (), E = Box<dyn std::error::Error + Send + Sync>> = std::result:
 async fn a_few_sigterms_under_load_lose_nothing() {
     let over = shut_down(4).await;
     assert!(over.iter().all(|over| *over < Duration::from_secs(5)), "{over:?}");
+}
+
+#[tokio::test]
+async fn ready_turns_to_503_first_and_all_else_is_served_on_for_the_settle_delay() {
+    let server = build().await;
+    let served = timeout(Duration::from_secs(60), settles(&server)).await;
+    served.unwrap().unwrap();
+}
+
+async fn settles(server: &Path) -> Result {
+    let mut child = start(server, &[("SETTLE", "1")])?;
+    let mut out = BufReader::new(child.stdout.take().unwrap()).lines();
+    let addr = listening(&mut out).await?;
+    assert_eq!(status(addr, "/ready").await?, "200");
+    terminate(&child).await?;
+    while status(addr, "/ready").await? == "200" {}
+    assert_eq!(status(addr, "/ready").await?, "503");
+    assert_eq!(status(addr, "/slow?ms=1").await?, "200");
+    let json: Value = serde_json::from_str(&out.next_line().await?.ok_or("it reports nothing")?)?;
+    assert_eq!(json["report"]["requests"]["refused"], 0);
+    assert!(child.wait().await?.success());
+    Ok(())
+}
+
+/// Of an answer over a connection of its own.
+async fn status(addr: SocketAddr, path: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(addr).await?;
+    let head = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer.split(' ').nth(1).ok_or("no status")?.to_owned())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -104,21 +136,37 @@ async fn build() -> PathBuf {
     here.ancestors().nth(2).unwrap().join("examples/axum")
 }
 
+fn start(server: &Path, settings: &[(&str, &str)]) -> io::Result<Child> {
+    Command::new(server)
+        .envs([("PORT", "0"), ("RUST_LOG", "off")])
+        .envs(settings.iter().copied())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+}
+
+/// Where it listens, which it says first.
+async fn listening(out: &mut Lines<BufReader<ChildStdout>>) -> Result<SocketAddr> {
+    let listening = out.next_line().await?.ok_or("it says nothing")?;
+    Ok(listening.rsplit('/').next().unwrap().parse()?)
+}
+
+async fn terminate(child: &Child) -> Result {
+    let pid = child.id().unwrap().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().await?.success());
+    Ok(())
+}
+
 struct Outcome {
     over: Duration,
     whole: u64,
 }
 
-async fn one_round(server: &PathBuf, round: u64) -> Result<Outcome> {
-    let mut child = Command::new(server)
-        .envs([("PORT", "0"), ("GRACE", &GRACE.to_string()), ("RUST_LOG", "off")])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()?;
+async fn one_round(server: &Path, round: u64) -> Result<Outcome> {
+    let mut child = start(server, &[("GRACE", &GRACE.to_string())])?;
     let mut out = BufReader::new(child.stdout.take().unwrap()).lines();
-    let listening = out.next_line().await?.ok_or("it says nothing")?;
-    let addr: SocketAddr = listening.rsplit('/').next().unwrap().parse()?;
+    let addr = listening(&mut out).await?;
 
     let held = hold_open(addr).await?;
     let whole = Arc::new(AtomicU64::new(0));
@@ -139,9 +187,8 @@ async fn one_round(server: &PathBuf, round: u64) -> Result<Outcome> {
         sleep(Duration::from_millis(1)).await;
     }
 
-    let pid = child.id().unwrap().to_string();
     let signalled = Instant::now();
-    assert!(Command::new("kill").args(["-TERM", &pid]).status().await?.success());
+    terminate(&child).await?;
     let line = out.next_line().await?.ok_or("it reports nothing")?;
     let status = child.wait().await?;
     let process = signalled.elapsed();

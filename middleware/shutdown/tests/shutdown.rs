@@ -370,6 +370,50 @@ async fn a_finish_that_was_given_up_goes_on_where_the_time_is() {
     assert_eq!((start.elapsed(), report.took), (secs(10), secs(24)));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_destructor_may_begin_it_though_it_has_begun() {
+    struct Begins(Shutdown);
+    impl Drop for Begins {
+        fn drop(&mut self) {
+            self.0.begin();
+        }
+    }
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks);
+    drop(Begins(shutdown.clone()));
+    assert!(!shutdown.watch().is_ready());
+    let begins = Begins(shutdown.clone());
+    let task = async move {
+        let _begins = begins;
+        pending::<()>().await;
+    };
+    tasks.spawn("begins", task).unwrap();
+    let report = shutdown.finish().await;
+    assert_eq!((report.took, report.drained.cancelled), (secs(24), 1));
+}
+
+#[test]
+fn a_runtime_that_goes_in_the_drain_takes_its_tasks_along_and_another_one_finishes_it() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let tasks = TaskRegistry::new();
+    let shutdown = Shutdown::new(Duration::MAX).without_signals().tasks(&tasks);
+    let first = runtime();
+    let finish = first.spawn({
+        let shutdown = shutdown.clone();
+        async move { shutdown.finish().await }
+    });
+    first.block_on(async {
+        tasks.spawn("gone", pending::<()>()).unwrap();
+        shutdown.watch().draining().await;
+    });
+    drop(first);
+    assert!(finish.is_finished());
+    let report = runtime().block_on(shutdown.finish());
+    assert_eq!((report.drained.aborted, report.drained.left), (1, 0));
+    assert_eq!(report.exit_code(), 0, "the shutdown has not done that");
+    assert_adds_up(&report);
+}
+
 #[test]
 fn begin_works_outside_of_a_runtime_and_nothing_happens_on_drop() {
     let tasks = TaskRegistry::new();
