@@ -319,7 +319,7 @@ struct InFlight {
 impl InFlight {
     fn enter(state: &Arc<State>, name: Name) -> Self {
         let started = Instant::now();
-        let trace_id = call("part", || RequestContext::current().get().copied()).flatten();
+        let trace_id = call("value", || RequestContext::current().get().copied()).flatten();
         let place = state.enter(roll::Request { name, started, trace_id });
         let admitted = place.map(|place| (state.clone(), place));
         Self {

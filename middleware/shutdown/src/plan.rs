@@ -5,7 +5,8 @@ use tokio::time::Instant;
 /// How long destructors have after the end of the budget, and after a second signal.
 const LAST: Duration = Duration::from_millis(100);
 const LAST_IN_A_HURRY: Duration = Duration::from_millis(50);
-/// And at most, as long as they become fewer: there may be very many.
+/// And each time that they have become fewer, for there may be very many; and at most.
+const LAST_MORE: Duration = Duration::from_millis(25);
 const LAST_MAX: Duration = Duration::from_secs(1);
 /// The time of graceful tasks to end once they are told, unless chosen otherwise: a fifth of the
 /// budget, but no more than this.
@@ -110,7 +111,7 @@ impl Course {
     pub(crate) fn go_on(&mut self, now: Instant) {
         let most = self.deadline().and_then(|deadline| deadline.checked_add(LAST_MAX));
         let end = &mut self.ends[Phase::Aborting as usize];
-        *end = (*end).max(now.checked_add(LAST_IN_A_HURRY)).into_iter().chain(most).min();
+        *end = (*end).max(now.checked_add(LAST_MORE)).into_iter().chain(most).min();
     }
 
     /// The server accepts nothing already: there is nobody to wait for a load balancer for.
