@@ -118,9 +118,9 @@ async fn create_order(tasks: TaskSet) -> Result<StatusCode, SpawnError> {
     Ok(StatusCode::ACCEPTED)
 }
 
-fn router(tasks: &TaskRegistry) -> Router {
+fn router(tasks: &TaskRegistry, trace_ids: TraceIdLayer) -> Router {
     let layers = (
-        TraceIdLayer::new(),
+        trace_ids,
         CatchUnwindLayer::new(),
         ResponseEndLayer::new(|_: &axum::extract::Request| {
             |end: End| tracing::info!(?end, "response")
@@ -134,7 +134,7 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     let port = env::var("PORT").map_or(Ok(3_000), |port| port.parse())?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
     eprintln!("listening on http://{}", listener.local_addr()?);
-    Ok(axum::serve(listener, router(&TaskRegistry::new())).await?)
+    Ok(axum::serve(listener, router(&TaskRegistry::new(), TraceIdLayer::new())).await?)
 }
 
 #[tokio::main]
@@ -146,5 +146,74 @@ async fn main() -> ExitCode {
             eprintln!("json_logs: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeSet,
+        io,
+        sync::{Mutex, PoisonError},
+    };
+
+    use axum::{body::Body, http::Request};
+    use tower::ServiceExt;
+    use tower_tasks::trace_id::Trust;
+
+    use super::*;
+
+    static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+    struct Log;
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            LOG.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn each_line_is_json_and_has_the_trace_id_of_its_request_at_the_top() {
+        tracing_subscriber::fmt().event_format(JsonLines).with_writer(|| Log).init();
+        let tasks = TaskRegistry::new();
+        let ids = ["0af7651916cd43dd8448eb211c80319c", "4bf92f3577b34da6a3ce929d0e0e4736"];
+        let trusting = TraceIdLayer::new().trust(Trust::Continue);
+        for id in ids {
+            let request = Request::post("/orders")
+                .header("traceparent", format!("00-{id}-b7ad6b7169203331-01"))
+                .body(Body::empty())
+                .expect("it is well-formed");
+            let answer = router(&tasks, trusting.clone()).oneshot(request).await;
+            assert_eq!(answer.map(|answer| answer.status()), Ok(StatusCode::ACCEPTED));
+        }
+        tasks.close();
+        tasks.wait().await;
+
+        let log = String::from_utf8(LOG.lock().map(|log| log.clone()).unwrap_or_default());
+        let log = log.expect("it is UTF-8");
+        let mut told = BTreeSet::new();
+        for line in log.lines() {
+            let line: Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
+            let text = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
+            assert_eq!(text("span_id").len(), 16, "{line}");
+            assert!(!text("request_id").is_empty(), "{line}");
+            assert!(told.insert((text("trace_id"), text("message"))), "twice: {line}");
+        }
+        let expected = [
+            "order received",
+            "response",
+            "receipt sent",
+            "audit line written",
+            "invoice rendered",
+            "task panicked",
+        ];
+        let expected =
+            ids.iter().flat_map(|id| expected.map(|what| (id.to_string(), what.to_owned())));
+        assert_eq!(told, expected.collect());
     }
 }
