@@ -139,6 +139,10 @@
 //! [`OnPanic`] says so. A panic in an [observer](Observe) or in the values of a request is
 //! contained, and one event too.
 //!
+//! What a task's destructors throw goes through the runtime, which drops the payload in the end: one
+//! that panics when it is dropped, with another that does so, ends a thread of tokio's, as in any
+//! task. What is thrown in a poll or a closure is dropped here, and its further panics are contained.
+//!
 //! Nothing here panics outside of a runtime, or in one without a time driver: there, `Drain(d)`
 //! lasts until shutdown, timeouts and request deadlines do nothing, and one event at level `WARN`
 //! says so.
