@@ -357,13 +357,18 @@ impl Scope {
     /// happens most, this counts no reference.
     #[inline]
     pub fn other_than(context: &RequestContext) -> Option<RequestContext> {
-        let is_other = HERE.with(|here| {
+        Self::is_elsewhere(context).then(RequestContext::current)
+    }
+
+    /// Whether there is a current context and it is not `context`.
+    #[inline]
+    pub fn is_elsewhere(context: &RequestContext) -> bool {
+        HERE.with(|here| {
             let current = here.replace(RequestContext::new());
-            let is_other = !current.is_empty() && !current.ptr_eq(context);
+            let is_elsewhere = !current.is_empty() && !current.ptr_eq(context);
             here.replace(current);
-            is_other
-        });
-        is_other.then(RequestContext::current)
+            is_elsewhere
+        })
     }
 
     #[cold]

@@ -254,7 +254,7 @@ impl<J> GroupHandle<J> {
         self.shared.cancel(Cause::Requested, None);
     }
 
-    pub(crate) fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket, Seat), SpawnError> {
+    pub(crate) fn admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket, Seat), SpawnError> {
         self.shared.admit(plan)
     }
 }
@@ -433,7 +433,7 @@ struct State {
 }
 
 impl Shared {
-    fn admit(self: &Arc<Self>, plan: &Plan) -> Result<(Arc<Set>, Ticket, Seat), SpawnError> {
+    fn admit(self: &Arc<Self>, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket, Seat), SpawnError> {
         let mut seat = self.seat().inspect_err(|_| self.owner.count_refused(plan))?;
         let (set, ticket) = self.owner.admit(plan)?;
         seat.take(&ticket.canceller(&set));

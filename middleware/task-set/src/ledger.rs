@@ -207,6 +207,14 @@ impl Kind {
         std::ptr::eq(self.name, name) && std::ptr::eq(self.site, site)
     }
 
+    /// A task of this kind begins. Whether the counts are to be moved out.
+    #[inline]
+    pub(crate) fn begin(&mut self) -> bool {
+        self.attempted += 1;
+        self.spawned += 1;
+        self.is_full()
+    }
+
     pub(crate) fn end(&mut self, outcome: Outcome) {
         self.ended[outcome as usize] += 1;
     }

@@ -28,7 +28,7 @@ use crate::{
     set::{Refusal, Set, Ticket},
     sync::OwnedNotified,
     task::{Cause, Graceful, Member, Order, Outcome, Tracked},
-    task_set::{Plan, TaskOwner},
+    task_set::{Choice, Plan, TaskOwner},
 };
 
 /// Runs a model, and returns the outcomes that were reached.
@@ -45,7 +45,7 @@ fn outcomes<T: Ord + Debug + Send + 'static>(
     std::mem::take(&mut *seen).into_iter().collect()
 }
 
-fn plan() -> Plan {
+fn plan() -> Plan<'static> {
     Plan::new("task", Location::caller())
 }
 
@@ -357,8 +357,8 @@ fn a_snapshot_while_a_set_goes_over_counts_it_once() {
 }
 
 fn graceful(set: &Arc<Set>) -> (Member, StopToken) {
-    let (plan, stop) = Plan::graceful("task", Location::caller());
-    let Ok(ticket) = set.enter(&plan, None) else { panic!("it is open") };
+    let (choice, stop) = Choice::graceful();
+    let Ok(ticket) = set.enter(&plan().with(&choice), None) else { panic!("it is open") };
     (ticket.member(set), stop)
 }
 
@@ -537,7 +537,7 @@ impl Wake for Told {
 struct Entered(Arc<Set>);
 
 impl TaskOwner for Entered {
-    fn try_admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal> {
+    fn try_admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket), Refusal> {
         self.0.enter(plan, None).map(|ticket| (self.0.clone(), ticket))
     }
 
@@ -545,7 +545,7 @@ impl TaskOwner for Entered {
         self.0.changed()
     }
 
-    fn count_refused(&self, plan: &Plan) {
+    fn count_refused(&self, plan: &Plan<'_>) {
         self.0.count_refused(plan);
     }
 

@@ -48,7 +48,7 @@ enum Current {
 /// No task: the response's own code.
 const NO_SLOT: u32 = u32::MAX;
 /// The same, and the set was made by it just now.
-const JUST_MADE: u32 = u32::MAX - 1;
+pub(crate) const JUST_MADE: u32 = u32::MAX - 1;
 
 impl Here {
     const fn new() -> Self {
@@ -103,27 +103,15 @@ pub(crate) fn current() -> Option<Arc<Set>> {
     })
 }
 
-/// Which task of `set` runs here, [`NO_SLOT`] or [`JUST_MADE`]; `None` if the set is not current.
+/// Which task of `set` runs here, or that it is not one; `None` if the set is not current.
 #[inline]
-fn slot_of(set: &Arc<Set>) -> Option<u32> {
+pub(crate) fn slot_of(set: &Arc<Set>) -> Option<u32> {
     HERE.with(|here| {
         here.look(|current| match current {
             Current::Set(here, slot) if Arc::ptr_eq(here, set) => Some(*slot),
             _ => None,
         })
     })
-}
-
-/// Whether `set` is the current one.
-#[inline]
-pub(crate) fn is_current(set: &Arc<Set>) -> bool {
-    slot_of(set).is_some()
-}
-
-/// Whether `set` is the current one, and was made in the poll that runs here.
-#[inline]
-pub(crate) fn is_just_made(set: &Arc<Set>) -> bool {
-    slot_of(set) == Some(JUST_MADE)
 }
 
 /// Whether nothing is current.
@@ -169,9 +157,20 @@ impl InTask {
         }
     }
 
-    /// That nothing was current before: what a task that is dropped by its runtime finds.
-    pub(crate) const fn from_nowhere() -> Self {
-        Self(Current::Nothing)
+    /// Leaves it in, where nothing was before, to be [taken](Self::take) out.
+    #[inline]
+    pub(crate) fn stay(self) {
+        mem::forget(self);
+    }
+
+    /// Moves out the task that [stayed](Self::stay) in.
+    #[inline]
+    pub(crate) fn take() -> Option<Arc<Set>> {
+        let nothing = ManuallyDrop::new(Current::Nothing);
+        HERE.with(|here| match ManuallyDrop::into_inner(here.0.replace(nothing)) {
+            Current::Set(set, _) => Some(set),
+            _ => None,
+        })
     }
 
     pub(crate) const fn is_from_nowhere(&self) -> bool {

@@ -135,7 +135,7 @@ impl TaskRegistry {
         F::Output: Send + 'static,
     {
         match self.admit(&Plan::new(name, Location::caller())) {
-            Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
+            Ok((set, ticket)) => Ok(set.spawn(ticket, ticket.track(&set, future))),
             Err(refusal) => Err(Refused { reason: refusal.reason(), future }),
         }
     }
@@ -330,7 +330,7 @@ impl TaskRegistry {
         &self.0
     }
 
-    pub(crate) fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal> {
+    pub(crate) fn admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket), Refusal> {
         loop {
             let Some(set) = self.owner().own_set(&self.0) else {
                 self.owner().refuse(plan.name);
@@ -346,7 +346,7 @@ impl TaskRegistry {
     }
 
     /// Counts an attempt that was refused before it came to a set.
-    pub(crate) fn count_refused(&self, plan: &Plan) {
+    pub(crate) fn count_refused(&self, plan: &Plan<'_>) {
         self.owner().refuse(plan.name);
     }
 

@@ -15,7 +15,7 @@ use std::{
 use smallvec::SmallVec;
 use tokio::{runtime::Handle, time::Instant};
 use tower_catch_unwind::{Panic, catch};
-use tower_request_context::{RequestContext, TraceId};
+use tower_request_context::{RequestContext, Scope, TraceId};
 use tower_response_end::End;
 use tower_spawn_limit::{Level, Limits, SpawnError, SpawnLimit};
 use tracing::field;
@@ -28,7 +28,7 @@ use crate::{
     reaper::{Key, Runtime, Who},
     registry::{self, Config, Owner},
     stop::Stop,
-    sync::{AtomicBool, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, lock},
+    sync::{AtomicU8, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, lock},
     task::{Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
     task_set::Plan,
 };
@@ -36,6 +36,15 @@ use crate::{
 pub(crate) use home::Home;
 
 use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, NOT_YET, Stage, Watch};
+
+/// Bits of [`Set::marks`]: some task has been told something. Look under the lock.
+pub(crate) const ORDERS: u8 = 1;
+/// Its tasks run in a context.
+pub(crate) const CONTEXT: u8 = 1 << 1;
+/// Its tasks have a [level](Set::level).
+const LEVEL: u8 = 1 << 2;
+/// There is more to a spawn than to a plain one.
+const CARE: u8 = 1 << 3;
 
 /// So many tasks are woken for each lock.
 const WAKERS: usize = 32;
@@ -55,8 +64,8 @@ pub(crate) struct Set {
     limits: Limits,
     /// What its tasks hold, and so may not wait for.
     level: Level,
-    /// Some task has been told something: look under the lock.
-    orders: AtomicBool,
+    /// What is to be looked at before a poll or a spawn, if anything is.
+    marks: AtomicU8,
     inner: Mutex<Inner>,
 }
 
@@ -95,6 +104,17 @@ impl Set {
             // Of a service that is called in process: who has called it waits for its tasks.
             None => Level::current(),
         };
+        let mut marks = 0;
+        if !context.is_empty() {
+            marks |= CONTEXT;
+        }
+        if level != Level::Free {
+            marks |= LEVEL;
+        }
+        let is_chosen = config.runtime.is_some() || runtime.is_none();
+        if is_chosen || !limits.is_empty() || config.observer.is_some() || context.inherits() {
+            marks |= CARE;
+        }
         Arc::new(Self {
             config,
             context,
@@ -105,7 +125,7 @@ impl Set {
             own,
             limits,
             level,
-            orders: AtomicBool::new(false),
+            marks: AtomicU8::new(marks),
             inner: Mutex::new(Inner::new(closed, own)),
         })
     }
@@ -172,17 +192,52 @@ impl Set {
     /// Takes a task in, or says why not. Either way the attempt is counted, unless the set is gone.
     // Not inlined: it is the half of a spawn that does not depend on the future's type.
     #[inline(never)]
-    pub(crate) fn admit(self: &Arc<Self>, plan: &Plan) -> Result<Ticket, Refusal> {
+    pub(crate) fn admit(self: &Arc<Self>, plan: &Plan<'_>) -> Result<Ticket, Refusal> {
+        if let Some(ticket) = self.admit_plainly(plan) {
+            return Ok(ticket);
+        }
         let Some(runtime) = self.live_runtime() else {
             return Err(self.refuse(self.lock(), plan, SpawnError::NoRuntime));
         };
         self.enter(plan, Some(runtime))
     }
 
-    /// Gives a task that was admitted to the runtime.
+    /// The same for the most common case, if it is one: code of the set's own spawns a task that
+    /// has nothing of its own, while the set is open and has room.
     #[inline]
+    fn admit_plainly(self: &Arc<Self>, plan: &Plan<'_>) -> Option<Ticket> {
+        // Its own code runs, so its runtime does.
+        let here = place::slot_of(self)?;
+        let is_plain = self.marks() & CARE == 0 && plan.is_plain();
+        if !is_plain || Limits::are_here() || Scope::is_elsewhere(&self.context) {
+            return None;
+        }
+        let mut inner = self.lock();
+        let mut taken = None;
+        if inner.is_open() && self.has_room(&inner) {
+            taken = Some(inner.take_in(plan, since(Some(here))));
+        }
+        // In one place, or this is a call.
+        drop(inner);
+        let (slot, generation, kind, full) = taken?;
+        self.settle(false, full);
+        Some(Ticket { slot, generation, kind, has_extra: false })
+    }
+
+    /// Whether a permit was taken, if there has to be one. If not, there may be one yet.
+    #[inline]
+    fn has_room(&self, inner: &Inner) -> bool {
+        let Some(limit) = &self.config.limit else { return true };
+        let has_share = self.own || (inner.live as usize) < limit.limit_per_request();
+        // What a request has of its share is counted elsewhere once somebody waits for it.
+        has_share && inner.rare.is_none() && limit.try_take()
+    }
+
+    /// Gives a task that was admitted to the runtime.
+    #[expect(clippy::inline_always, reason = "as the runtime's own, in the one place for its type")]
+    #[inline(always)]
     #[track_caller]
-    pub(crate) fn spawn<W, T>(self: &Arc<Self>, ticket: &Ticket, work: W) -> TaskHandle<T>
+    pub(crate) fn spawn<W, T>(self: &Arc<Self>, ticket: Ticket, work: W) -> TaskHandle<T>
     where
         W: Future<Output = Result<T, TaskError>> + Send + 'static,
         T: Send + 'static,
@@ -194,7 +249,7 @@ impl Set {
 
     /// The same for a task that blocks, and so is ready when it was polled once.
     #[track_caller]
-    pub(crate) fn spawn_blocking<W, T>(self: &Arc<Self>, ticket: &Ticket, work: W) -> TaskHandle<T>
+    pub(crate) fn spawn_blocking<W, T>(self: &Arc<Self>, ticket: Ticket, work: W) -> TaskHandle<T>
     where
         W: Future<Output = Result<T, TaskError>> + Send + 'static,
         T: Send + 'static,
@@ -211,10 +266,10 @@ impl Set {
     }
 
     /// Takes a task in without looking for a runtime to run it.
-    #[inline]
+    #[inline(never)]
     pub(crate) fn enter(
         self: &Arc<Self>,
-        plan: &Plan,
+        plan: &Plan<'_>,
         runtime: Option<&Arc<Runtime>>,
     ) -> Result<Ticket, Refusal> {
         let mut home = self.new_home(plan);
@@ -222,9 +277,7 @@ impl Set {
         if Limits::are_here() || !self.limits.is_empty() {
             full = self.take_permits(plan, &mut home).err();
         }
-        // In the poll that has made the set its tasks are as old as that. The clock costs more than
-        // all else of a spawn.
-        let since = if place::is_just_made(self) { 0 } else { NOT_YET };
+        let since = since(place::slot_of(self));
         let mut inner = self.lock();
         let lifetime = match self.may_enter(&inner, plan, full) {
             Ok(lifetime) => lifetime,
@@ -234,12 +287,7 @@ impl Set {
                 return Err(refusal);
             }
         };
-        let (kind, count) = inner.kind(plan);
-        count.attempted += 1;
-        count.spawned += 1;
-        let full = count.is_full();
-        inner.live += 1;
-        let (slot, generation) = inner.take_slot(kind, since);
+        let (slot, generation, kind, full) = inner.take_in(plan, since);
         let observed = self.config.observer.is_some();
         let has_extra = plan.has_choices() || lifetime.is_some() || home.is_some() || observed;
         if has_extra {
@@ -256,7 +304,7 @@ impl Set {
     fn enter_with(
         self: &Arc<Self>,
         mut inner: MutexGuard<'_, Inner>,
-        plan: &Plan,
+        plan: &Plan<'_>,
         runtime: Option<&Arc<Runtime>>,
         slot: u32,
         lifetime: Option<Box<Lifetime>>,
@@ -285,7 +333,7 @@ impl Set {
     fn may_enter(
         self: &Arc<Self>,
         inner: &Inner,
-        plan: &Plan,
+        plan: &Plan<'_>,
         full: Option<SpawnLimit>,
     ) -> Result<Option<Box<Lifetime>>, Denial> {
         if inner.closed || inner.cancelled || inner.stage != Stage::Counting {
@@ -319,7 +367,7 @@ impl Set {
     fn deny(
         self: &Arc<Self>,
         mut inner: MutexGuard<'_, Inner>,
-        plan: &Plan,
+        plan: &Plan<'_>,
         denial: Denial,
     ) -> Refusal {
         let full = match (denial, &self.config.limit) {
@@ -344,7 +392,8 @@ impl Set {
         let taken = inner.share().cloned().filter(|_| is_own);
         let refusal = if plan.waits() {
             drop(inner);
-            Refusal::Full(full)
+            plan.with_hand(|hand| hand.full = Some(full));
+            Refusal::Full
         } else {
             full.refuse();
             self.refuse(inner, plan, SpawnError::Full)
@@ -361,7 +410,7 @@ impl Set {
     fn may_enter_late(
         self: &Arc<Self>,
         inner: &Inner,
-        plan: &Plan,
+        plan: &Plan<'_>,
         end: End,
     ) -> Result<Option<Box<Lifetime>>, SpawnError> {
         let parent = place::slot_in(self).ok_or(SpawnError::Closed)?;
@@ -380,7 +429,7 @@ impl Set {
     fn new_extra(
         self: &Arc<Self>,
         inner: &Inner,
-        plan: &Plan,
+        plan: &Plan<'_>,
         runtime: Option<&Arc<Runtime>>,
         slot: u32,
         lifetime: Option<Box<Lifetime>>,
@@ -412,7 +461,7 @@ impl Set {
     fn refuse(
         self: &Arc<Self>,
         mut inner: MutexGuard<'_, Inner>,
-        plan: &Plan,
+        plan: &Plan<'_>,
         reason: SpawnError,
     ) -> Refusal {
         if inner.stage != Stage::Counting {
@@ -423,7 +472,8 @@ impl Set {
             self.owner().refuse_late(self.place, plan.name);
             return Refusal::Because(reason);
         }
-        let (_, count) = inner.kind(plan);
+        let kind = inner.kind(plan);
+        let count = &mut inner.kinds[usize::from(kind)];
         count.attempted += 1;
         count.refused += 1;
         let full = count.is_full();
@@ -436,7 +486,7 @@ impl Set {
     /// Who takes a task that this set of the registry does not, as it is gone. If it was cancelled,
     /// nobody: the attempt is counted.
     #[cold]
-    pub(crate) fn successor(&self, plan: &Plan) -> Option<TaskRegistry> {
+    pub(crate) fn successor(&self, plan: &Plan<'_>) -> Option<TaskRegistry> {
         if self.lock().cancelled {
             self.owner().refuse_late(self.place, plan.name);
             return None;
@@ -451,7 +501,7 @@ impl Set {
             None => self.late_runtime()?,
         };
         // The set's own code runs on a runtime that lives; if it is not another's that was chosen.
-        let is_here = self.config.runtime.is_none() && place::is_current(self);
+        let is_here = self.config.runtime.is_none() && place::slot_of(self).is_some();
         (is_here || runtime.is_alive()).then_some(runtime)
     }
 
@@ -484,13 +534,22 @@ impl Set {
         }
     }
 
-    /// Whether some task was told something: then it looks at its [`order`](Self::order).
+    /// What a task looks at before it is polled.
     #[inline]
-    pub(crate) fn has_orders(&self) -> bool {
-        // Relaxed, for what counts is read under the lock. A task that misses the flag here has
+    pub(crate) fn marks(&self) -> u8 {
+        // Relaxed, for what counts is read under the lock. A task that misses `ORDERS` here has
         // either not given its waker yet, and looks again when it does; or it was woken after the
-        // flag was set, and what it does then is ordered after that.
-        self.orders.load(Ordering::Relaxed)
+        // mark was set, and what it does then is ordered after that.
+        self.marks.load(Ordering::Relaxed)
+    }
+
+    fn mark_orders(&self) {
+        self.marks.fetch_or(ORDERS, Ordering::Relaxed);
+    }
+
+    /// Whether some task was told something: then it looks at its [`order`](Self::order).
+    pub(crate) fn has_orders(&self) -> bool {
+        self.marks() & ORDERS != 0
     }
 
     #[inline(never)]
@@ -525,7 +584,7 @@ impl Set {
     /// counted: who finds no task alive finds the permit free, and the observer told.
     ///
     /// `obeyed` is the outcome before its destructors have run.
-    #[inline(never)]
+    #[inline]
     pub(crate) fn leave(
         self: &Arc<Self>,
         slot: u32,
@@ -539,18 +598,30 @@ impl Set {
         if let Some(limit) = &self.config.limit {
             limit.release();
         }
-        let mut inner = self.lock();
+        let mut inner = lock(&self.inner);
+        if inner.is_involved() {
+            return self.leave_with_care(inner, slot, obeyed, outcome);
+        }
+        let waker = inner.count_out(slot, outcome);
+        drop(inner);
+        drop(waker);
+    }
+
+    #[inline(never)]
+    fn leave_with_care(
+        self: &Arc<Self>,
+        mut inner: MutexGuard<'_, Inner>,
+        slot: u32,
+        obeyed: Option<Outcome>,
+        outcome: Outcome,
+    ) {
         let is_shutdown = inner.cancelled && inner.closed;
         if is_shutdown && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
             inner.note_forced(slot, self.born, outcome);
         }
-        let (kind, waker) = inner.free_slot(slot);
-        inner.kinds[usize::from(kind)].end(outcome);
-        if !inner.extras.is_empty() {
-            // It may have been told something after all that was its own had ended.
-            self.forget(inner.extras.remove(&slot).and_then(|extra| extra.grace_key));
-        }
-        inner.live -= 1;
+        // It may have been told something after all that was its own had ended.
+        self.forget(inner.extras.remove(&slot).and_then(|extra| extra.grace_key));
+        let waker = inner.count_out(slot, outcome);
         let share = inner.share().cloned();
         if inner.live == 0 {
             self.leave_last(inner);
@@ -615,7 +686,7 @@ impl Set {
 
     /// Counts an attempt that was refused before it came here.
     #[cold]
-    pub(crate) fn count_refused(self: &Arc<Self>, plan: &Plan) {
+    pub(crate) fn count_refused(self: &Arc<Self>, plan: &Plan<'_>) {
         if let Refusal::Gone = self.refuse(self.lock(), plan, SpawnError::Closed) {
             self.owner().refuse_late(self.place, plan.name);
         }
@@ -871,7 +942,7 @@ impl Set {
             inner.extras.values_mut().for_each(Extra::end_grace);
         }
         // Here, so that whoever finds it cancelled under the lock sees it.
-        self.orders.store(true, Ordering::Relaxed);
+        self.mark_orders();
         let changed = inner.take_changed();
         drop(inner);
         self.spread(news);
@@ -946,7 +1017,7 @@ impl Set {
         let mut waker = None;
         // One that is in its grace is not woken yet: its waker is registered only once.
         if inner.order(slot).is_some() {
-            self.orders.store(true, Ordering::Relaxed);
+            self.mark_orders();
             waker = inner.tasks[slot as usize].waker.take();
         }
         drop(inner);
@@ -959,7 +1030,7 @@ impl Set {
     /// Wakes whoever was told something and does not know yet, some at a time: to wake a task of a
     /// dead runtime is to drop it.
     fn wake_told(&self) {
-        self.orders.store(true, Ordering::Relaxed);
+        self.mark_orders();
         let mut next = 0;
         loop {
             let mut wakers: SmallVec<[Waker; WAKERS]> = SmallVec::new();
@@ -1185,6 +1256,15 @@ impl News {
     }
 }
 
+/// As [`Entry::since`](members::Entry), for a task that is spawned here.
+///
+/// In the poll that has made the set its tasks are as old as that. The clock costs more than all
+/// else of a spawn.
+#[inline]
+const fn since(here: Option<u32>) -> u32 {
+    if matches!(here, Some(place::JUST_MADE)) { 0 } else { NOT_YET }
+}
+
 fn notify(notify: Option<Arc<Notify>>) {
     if let Some(notify) = notify {
         notify.notify_waiters();
@@ -1200,22 +1280,22 @@ enum Denial {
     Share,
 }
 
-/// Why a set does not admit a task.
-#[derive(Debug)]
+/// Why a set does not admit a task. Small, to be returned in registers.
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Refusal {
     Because(SpawnError),
-    /// This one is full, for which the caller waits. Nothing has been counted.
-    Full(SpawnLimit),
+    /// A limit is full, for which the caller waits: it has it in hand. Nothing has been counted.
+    Full,
     /// It is over, and has counted nothing: its registry has another by now.
     Gone,
 }
 
 impl Refusal {
     /// For who does not wait, and does not look elsewhere.
-    pub(crate) const fn reason(&self) -> SpawnError {
+    pub(crate) const fn reason(self) -> SpawnError {
         match self {
-            Self::Because(reason) => *reason,
-            Self::Full(_) => SpawnError::Full,
+            Self::Because(reason) => reason,
+            Self::Full => SpawnError::Full,
             Self::Gone => SpawnError::Closed,
         }
     }
@@ -1224,6 +1304,7 @@ impl Refusal {
 /// A task that its set counts, and that is yet to be given to the runtime.
 ///
 /// Small, to be returned in registers.
+#[derive(Clone, Copy)]
 #[must_use = "the set counts it: make it a member"]
 pub(crate) struct Ticket {
     slot: u32,
@@ -1234,19 +1315,19 @@ pub(crate) struct Ticket {
 
 impl Ticket {
     #[inline]
-    pub(crate) fn member(&self, set: &Arc<Set>) -> Member {
+    pub(crate) fn member(self, set: &Arc<Set>) -> Member {
         Member::new(set.clone(), self.slot, self.has_extra)
     }
 
     /// The future as a member of the set.
     #[inline]
-    pub(crate) fn track<F>(&self, set: &Arc<Set>, future: F) -> Tracked<F> {
+    pub(crate) fn track<F>(self, set: &Arc<Set>, future: F) -> Tracked<F> {
         Tracked::new(future, self.member(set))
     }
 
     #[inline]
-    pub(crate) fn canceller(&self, set: &Arc<Set>) -> Canceller {
-        let Self { slot, generation, kind, .. } = *self;
+    pub(crate) fn canceller(self, set: &Arc<Set>) -> Canceller {
+        let Self { slot, generation, kind, .. } = self;
         Canceller { set: set.clone(), slot, generation, kind }
     }
 }

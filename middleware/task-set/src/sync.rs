@@ -3,7 +3,7 @@
 #[cfg(not(loom))]
 pub(crate) use std::sync::{
     Mutex, MutexGuard,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicU8, Ordering},
 };
 #[cfg(not(loom))]
 pub(crate) use tokio::sync::{Notify, futures::OwnedNotified};
@@ -13,7 +13,7 @@ pub(crate) use self::model::{Notify, OwnedNotified};
 #[cfg(loom)]
 pub(crate) use loom::sync::{
     Mutex, MutexGuard,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicU8, Ordering},
 };
 
 /// Ours are not poisoned: no code of others runs under them.

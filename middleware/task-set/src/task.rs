@@ -1,6 +1,7 @@
 use std::{
     any::Any,
     fmt,
+    mem::{forget, replace},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -15,7 +16,7 @@ use tower_spawn_limit::Level;
 use crate::{
     StopToken,
     place::{self, InTask},
-    set::Set,
+    set::{CONTEXT, ORDERS, Set},
 };
 
 /// Why a task was told to end.
@@ -215,22 +216,13 @@ impl<F: Future> Future for Tracked<F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        if let Some(order) = this.member.order() {
-            return Poll::Ready(Err(this.member.obey(order)));
-        }
         match this.member.poll(|| this.future.poll(cx)) {
-            Ok(Poll::Ready(output)) => {
-                this.member.outcome = Some(Outcome::Completed);
-                Poll::Ready(Ok(output))
-            }
+            Ok(Poll::Ready(output)) => Poll::Ready(Ok(output)),
             Ok(Poll::Pending) => match this.member.wait(cx) {
                 Some(order) => Poll::Ready(Err(this.member.obey(order))),
                 None => Poll::Pending,
             },
-            Err(panic) => {
-                this.member.outcome = Some(Outcome::Panicked);
-                Poll::Ready(Err(TaskError::Panicked(panic)))
-            }
+            Err(error) => Poll::Ready(Err(error)),
         }
     }
 }
@@ -315,6 +307,8 @@ enum Phase {
     Started,
     /// It has come to an await, and the set has its waker.
     Waits,
+    /// Its future is ready and about to be dropped. What that is dropped in was not left.
+    Stays,
     /// Its future is being dropped: whether something else was unwinding then, and whether the
     /// task's context was entered.
     Dropping {
@@ -333,38 +327,69 @@ impl Member {
         self.set.as_ref().expect("the set is here while the task's code does not run")
     }
 
-    /// What the task was told, if it was.
-    #[inline]
-    fn order(&self) -> Option<Order> {
-        let set = self.set();
-        if set.has_orders() { set.order(self.slot) } else { None }
-    }
-
     #[inline]
     fn obey(&mut self, order: Order) -> TaskError {
         self.outcome = Some(order.outcome());
         order.error()
     }
 
-    /// Polls the task's future: in its set, context and span; a panic is caught and told.
+    /// Polls the task's future, unless it was told to end: in its set, context and span. A panic is
+    /// caught and told.
     #[inline]
-    fn poll<R>(&mut self, poll: impl FnOnce() -> R) -> Result<R, Panic> {
-        let mut away = None;
-        let level = self.set().level().raise();
-        if self.is_away() {
-            self.set().enter_home(self.slot, self.extra, &mut away);
+    fn poll<T>(&mut self, poll: impl FnOnce() -> Poll<T>) -> Result<Poll<T>, TaskError> {
+        let mut marks = self.set().marks();
+        if marks & ORDERS != 0 {
+            if let Some(order) = self.set().order(self.slot) {
+                return Err(self.obey(order));
+            }
+        }
+        if self.extra {
+            marks |= CONTEXT;
+        }
+        let (mut away, mut level) = (None, Level::Free);
+        if marks != 0 {
+            level = self.set().level().raise();
+            if marks & CONTEXT != 0 {
+                self.set().enter_home(self.slot, self.extra, &mut away);
+            }
         }
         let inside = InTask::enter(self.set.take(), self.slot);
+        let mut result = Poll::Pending;
         // No guard that leaves: nothing unwinds past this.
-        let result = catch(poll).map_err(|panic| self.tell(panic));
-        self.set = inside.leave();
-        if away.is_some() {
+        let caught = catch(|| result = poll());
+        if caught.is_ok() && result.is_ready() && marks & CONTEXT == 0 && inside.is_from_nowhere() {
+            // Who polls it drops it now: its destructors run in the set too.
+            self.phase = Phase::Stays;
+            self.outcome = Some(Outcome::Completed);
+            inside.stay();
+            if marks != 0 {
+                Level::leave(level);
+            }
+            forget((away, caught));
+            return Ok(result);
+        }
+        let caught = caught.map_err(|panic| self.tell(panic));
+        forget(replace(&mut self.set, inside.leave()));
+        if marks & CONTEXT != 0 {
             self.extra |= self.set().leave_home(self.slot, &mut away);
         }
-        Level::leave(level);
+        if marks != 0 {
+            Level::leave(level);
+        }
         // It is `None` by now, which the compiler does not see.
-        std::mem::forget(away);
-        result
+        forget(away);
+        match caught {
+            Err(panic) => {
+                self.outcome = Some(Outcome::Panicked);
+                Err(TaskError::Panicked(panic))
+            }
+            Ok(()) => {
+                if result.is_ready() {
+                    self.outcome = Some(Outcome::Completed);
+                }
+                Ok(result)
+            }
+        }
     }
 
     /// Out of line: it is rare, and there is one for each type of future otherwise.
@@ -386,12 +411,6 @@ impl Member {
         }
     }
 
-    /// Whether the task runs somewhere else than just in its set.
-    #[inline]
-    fn is_away(&self) -> bool {
-        self.extra || self.set().has_context()
-    }
-
     /// The task has come to an await. The waker is registered once, and then looked again for an
     /// order: one that was given before the set knew the waker has woken nobody.
     #[inline]
@@ -411,12 +430,23 @@ impl Member {
     fn enter_drop(&mut self) {
         let unwinding = thread::panicking();
         destructor::enter();
-        let in_scope = self.is_away() && self.set().enter_drop(self.slot, self.extra);
+        let in_scope = self.phase != Phase::Stays && self.enter_to_drop();
+        self.phase = Phase::Dropping { unwinding, in_scope };
+    }
+
+    /// Whether it has entered its context.
+    #[inline(never)]
+    fn enter_to_drop(&mut self) -> bool {
+        let set = self.set();
+        let is_away = self.extra || set.marks() & CONTEXT != 0;
+        let in_scope = is_away && set.enter_drop(self.slot, self.extra);
         let inside = InTask::enter(self.set.take(), self.slot);
-        if !inside.is_from_nowhere() {
+        if inside.is_from_nowhere() {
+            inside.stay();
+        } else {
             self.set = inside.leave();
         }
-        self.phase = Phase::Dropping { unwinding, in_scope };
+        in_scope
     }
 }
 
@@ -428,7 +458,7 @@ impl Drop for Member {
         if let Phase::Dropping { unwinding, in_scope } = self.phase {
             was_in_scope = in_scope;
             if self.set.is_none() {
-                self.set = InTask::from_nowhere().leave();
+                forget(replace(&mut self.set, InTask::take()));
             }
             if thread::panicking() && !unwinding {
                 // A destructor of the task's has.

@@ -73,14 +73,19 @@ impl TaskSet {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let (set, plan) = (&self.0, Plan::new(name, Location::caller()));
-        match set.admit(&plan) {
-            Ok(ticket) => Ok(set.spawn(&ticket, ticket.track(set, future))),
-            Err(refusal) => match admit_elsewhere(set, &plan, refusal) {
-                Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
-                Err(refusal) => Err(Refused { reason: refusal.reason(), future }),
+        let plan = Plan::new(name, Location::caller());
+        let other;
+        let (set, ticket) = match self.0.admit(&plan) {
+            Ok(ticket) => (&self.0, ticket),
+            Err(refusal) => match admit_elsewhere(&self.0, &plan, refusal) {
+                Ok((set, ticket)) => {
+                    other = set;
+                    (&other, ticket)
+                }
+                Err(refusal) => return Err(Refused { reason: refusal.reason(), future }),
             },
-        }
+        };
+        Ok(set.spawn(ticket, ticket.track(set, future)))
     }
 
     /// As [`spawn`](Self::spawn), but if a limit is full it waits for a permit at most so long, in
@@ -238,7 +243,7 @@ impl TaskSet {
     pub fn hold(&self) -> Hold {
         let held = self.0.hold().then(|| self.0.clone());
         // What is around here is not around the set of another request.
-        let around = held.as_ref().filter(|set| place::is_current(set)).and_then(|_| hold());
+        let around = held.as_ref().filter(|set| place::slot_of(set).is_some()).and_then(|_| hold());
         Hold { set: held, _around: around }
     }
 
@@ -351,15 +356,15 @@ impl<'a, O> NewTask<'a, O> {
         self.choice.get_or_insert_default()
     }
 
-    fn plan(self, site: &'static Location<'static>) -> Plan {
-        Plan { name: self.name, site, choice: self.choice, in_hand: None }
+    fn plan(&self, site: &'static Location<'static>) -> Plan<'_> {
+        Plan { choice: self.choice.as_ref(), ..Plan::new(self.name, site) }
     }
 
     fn plan_with_stop(
-        mut self,
+        &mut self,
         site: &'static Location<'static>,
         blocks: bool,
-    ) -> (Plan, StopToken) {
+    ) -> (Plan<'_>, StopToken) {
         let stop = Arc::<Stop>::default();
         let choice = self.choice();
         choice.stop = Some(stop.clone());
@@ -395,9 +400,8 @@ impl<O: TaskOwner> NewTask<'_, O> {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let (owner, plan) = (self.owner, self.plan(site));
-        match owner.admit(&plan) {
-            Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
+        match self.owner.admit(&self.plan(site)) {
+            Ok((set, ticket)) => Ok(set.spawn(ticket, ticket.track(&set, future))),
             Err(reason) => Err(Refused { reason, future }),
         }
     }
@@ -422,12 +426,12 @@ impl<O: TaskOwner> NewTask<'_, O> {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let (owner, plan) = (self.owner, self.plan(Location::caller()));
+        let site = Location::caller();
         // It may be polled elsewhere than where it was called.
         let wait = if Level::current() == Level::Task { Duration::ZERO } else { wait };
         async move {
-            match admit_within(owner, plan, wait).await {
-                Ok((set, ticket)) => Ok(set.spawn(&ticket, ticket.track(&set, future))),
+            match admit_within(self, site, wait).await {
+                Ok((set, ticket)) => Ok(set.spawn(ticket, ticket.track(&set, future))),
                 Err(reason) => Err(Refused { reason, future }),
             }
         }
@@ -439,7 +443,7 @@ impl<O: TaskOwner> NewTask<'_, O> {
     ///
     /// As [`TaskSet::spawn`].
     #[track_caller]
-    pub fn spawn_graceful<M, F>(self, make: M) -> Result<TaskHandle<F::Output>, Refused<M>>
+    pub fn spawn_graceful<M, F>(mut self, make: M) -> Result<TaskHandle<F::Output>, Refused<M>>
     where
         M: FnOnce(StopToken) -> F + Send + 'static,
         F: Future + Send + 'static,
@@ -450,7 +454,7 @@ impl<O: TaskOwner> NewTask<'_, O> {
         match owner.admit(&plan) {
             Ok((set, ticket)) => {
                 let work = ticket.track(&set, Graceful::new(make, stop));
-                Ok(set.spawn(&ticket, work))
+                Ok(set.spawn(ticket, work))
             }
             Err(reason) => Err(Refused { reason, future: make }),
         }
@@ -466,7 +470,7 @@ impl<O: TaskOwner> NewTask<'_, O> {
     ///
     /// As [`TaskSet::spawn_blocking`].
     #[track_caller]
-    pub fn spawn_blocking<F, T>(self, closure: F) -> Result<TaskHandle<T>, Refused<F>>
+    pub fn spawn_blocking<F, T>(mut self, closure: F) -> Result<TaskHandle<T>, Refused<F>>
     where
         F: FnOnce(StopToken) -> T + Send + 'static,
         T: Send + 'static,
@@ -476,7 +480,7 @@ impl<O: TaskOwner> NewTask<'_, O> {
         match owner.admit(&plan) {
             Ok((set, ticket)) => {
                 let work = ticket.track(&set, Blocking::new(closure, stop));
-                Ok(set.spawn_blocking(&ticket, work))
+                Ok(set.spawn_blocking(ticket, work))
             }
             Err(reason) => Err(Refused { reason, future: closure }),
         }
@@ -496,11 +500,11 @@ impl<J> NewTask<'_, GroupHandle<J>> {
         F: Future + Send + 'static,
         J: Join<F::Output>,
     {
-        let (owner, plan) = (self.owner, self.plan(Location::caller()));
-        match owner.admit(&plan) {
+        let owner = self.owner;
+        match owner.admit(&self.plan(Location::caller())) {
             Ok((set, ticket, seat)) => {
                 let work = owner.work(ticket.track(&set, future), seat);
-                Ok(set.spawn(&ticket, work))
+                Ok(set.spawn(ticket, work))
             }
             Err(reason) => Err(Refused { reason, future }),
         }
@@ -512,7 +516,7 @@ impl<J> NewTask<'_, GroupHandle<J>> {
     ///
     /// As [`GroupHandle::spawn`].
     #[track_caller]
-    pub fn spawn_graceful<M, F>(self, make: M) -> Result<TaskHandle<J::Value>, Refused<M>>
+    pub fn spawn_graceful<M, F>(mut self, make: M) -> Result<TaskHandle<J::Value>, Refused<M>>
     where
         M: FnOnce(StopToken) -> F + Send + 'static,
         F: Future + Send + 'static,
@@ -524,7 +528,7 @@ impl<J> NewTask<'_, GroupHandle<J>> {
             Ok((set, ticket, seat)) => {
                 let tracked = ticket.track(&set, Graceful::new(make, stop));
                 let work = owner.work(tracked, seat);
-                Ok(set.spawn(&ticket, work))
+                Ok(set.spawn(ticket, work))
             }
             Err(reason) => Err(Refused { reason, future: make }),
         }
@@ -540,7 +544,7 @@ impl<J> NewTask<'_, GroupHandle<J>> {
     ///
     /// As [`TaskSet::spawn_blocking`].
     #[track_caller]
-    pub fn spawn_blocking<F, T>(self, closure: F) -> Result<TaskHandle<J::Value>, Refused<F>>
+    pub fn spawn_blocking<F, T>(mut self, closure: F) -> Result<TaskHandle<J::Value>, Refused<F>>
     where
         F: FnOnce(StopToken) -> T + Send + 'static,
         T: 'static,
@@ -552,7 +556,7 @@ impl<J> NewTask<'_, GroupHandle<J>> {
             Ok((set, ticket, seat)) => {
                 let tracked = ticket.track(&set, Blocking::new(closure, stop));
                 let work = owner.work(tracked, seat);
-                Ok(set.spawn_blocking(&ticket, work))
+                Ok(set.spawn_blocking(ticket, work))
             }
             Err(reason) => Err(Refused { reason, future: closure }),
         }
@@ -562,24 +566,24 @@ impl<J> NewTask<'_, GroupHandle<J>> {
 /// Whose tasks they are: a set or a registry.
 pub(crate) trait TaskOwner: Send + Sync + 'static {
     /// A task whose plan [waits](Plan::waits) is not counted where a limit is full.
-    fn try_admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal>;
+    fn try_admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket), Refusal>;
 
     /// Until it may refuse what it does not refuse now. Listens from now on.
     fn changed(&self) -> OwnedNotified;
 
-    fn admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), SpawnError> {
-        self.try_admit(plan).map_err(|refusal| refusal.reason())
+    fn admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket), SpawnError> {
+        self.try_admit(plan).map_err(Refusal::reason)
     }
 
     /// Counts an attempt that a group refuses.
-    fn count_refused(&self, plan: &Plan);
+    fn count_refused(&self, plan: &Plan<'_>);
 
     /// Why what is left is told to end, if it has ended.
     fn ended(&self) -> Option<Cause>;
 }
 
 impl TaskOwner for TaskSet {
-    fn try_admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal> {
+    fn try_admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket), Refusal> {
         match self.0.admit(plan) {
             Ok(ticket) => Ok((self.0.clone(), ticket)),
             Err(refusal) => admit_elsewhere(&self.0, plan, refusal),
@@ -590,7 +594,7 @@ impl TaskOwner for TaskSet {
         self.0.changed()
     }
 
-    fn count_refused(&self, plan: &Plan) {
+    fn count_refused(&self, plan: &Plan<'_>) {
         self.0.count_refused(plan);
     }
 
@@ -600,7 +604,7 @@ impl TaskOwner for TaskSet {
 }
 
 impl TaskOwner for TaskRegistry {
-    fn try_admit(&self, plan: &Plan) -> Result<(Arc<Set>, Ticket), Refusal> {
+    fn try_admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket), Refusal> {
         self.admit(plan)
     }
 
@@ -608,7 +612,7 @@ impl TaskOwner for TaskRegistry {
         self.changed()
     }
 
-    fn count_refused(&self, plan: &Plan) {
+    fn count_refused(&self, plan: &Plan<'_>) {
         self.count_refused(plan);
     }
 
@@ -618,18 +622,21 @@ impl TaskOwner for TaskRegistry {
 }
 
 async fn admit_within<O: TaskOwner>(
-    owner: &O,
-    mut plan: Plan,
+    task: NewTask<'_, O>,
+    site: &'static Location<'static>,
     wait: Duration,
 ) -> Result<(Arc<Set>, Ticket), SpawnError> {
-    plan.in_hand = Some(Mutex::new(None));
+    let owner = task.owner;
+    let hand = Mutex::default();
+    let plan = Plan { hand: Some(&hand), ..task.plan(site) };
     let attempt = |permit: &mut Option<Permit>| {
-        plan.with_hand(|in_hand| *in_hand = permit.take());
+        plan.with_hand(|hand| hand.permit = permit.take());
         let admitted = owner.try_admit(&plan);
-        plan.with_hand(|in_hand| *permit = in_hand.take());
-        match admitted {
-            Err(Refusal::Full(limit)) => Err(limit),
-            admitted => Ok(admitted.map_err(|refusal| refusal.reason())),
+        let hand = plan.with_hand(std::mem::take);
+        *permit = hand.permit;
+        match (admitted, hand.full) {
+            (Err(Refusal::Full), Some(limit)) => Err(limit),
+            (admitted, _) => Ok(admitted.map_err(Refusal::reason)),
         }
     };
     let admitted = within(wait, || owner.changed(), attempt).await;
@@ -641,7 +648,7 @@ async fn admit_within<O: TaskOwner>(
 
 /// What was chosen for one task.
 #[derive(Clone, Debug, Default)]
-struct Choice {
+pub(crate) struct Choice {
     policy: Policy,
     timeout: Option<Duration>,
     /// What tells it to stop, if that is not just dropping it.
@@ -650,35 +657,58 @@ struct Choice {
     blocks: bool,
 }
 
-/// What a set is asked to admit.
-pub(crate) struct Plan {
-    pub(crate) name: &'static str,
-    pub(crate) site: &'static Location<'static>,
-    choice: Option<Choice>,
-    /// Of who waits where a limit is full: the permit that has come, if one has.
-    // Nobody waits for the lock. A plan must be `Sync`, to be seen by a future that is `Send`.
-    in_hand: Option<Mutex<Option<Permit>>>,
+#[cfg(all(test, loom))]
+impl Choice {
+    pub(crate) fn graceful() -> (Self, StopToken) {
+        let stop = Arc::<Stop>::default();
+        (Self { stop: Some(stop.clone()), ..Self::default() }, StopToken::new(stop))
+    }
 }
 
-impl Plan {
+/// What a set is asked to admit.
+#[derive(Clone, Copy)]
+pub(crate) struct Plan<'a> {
+    pub(crate) name: &'static str,
+    pub(crate) site: &'static Location<'static>,
+    choice: Option<&'a Choice>,
+    /// Of who waits where a limit is full.
+    // Nobody waits for the lock. A plan must be `Sync`, to be seen by a future that is `Send`.
+    hand: Option<&'a Mutex<Hand>>,
+}
+
+/// What goes to and fro between a set and who waits to spawn.
+#[derive(Default)]
+pub(crate) struct Hand {
+    /// The one that has come, if one has.
+    pub(crate) permit: Option<Permit>,
+    /// The limit that is full.
+    pub(crate) full: Option<SpawnLimit>,
+}
+
+impl<'a> Plan<'a> {
     pub(crate) const fn new(name: &'static str, site: &'static Location<'static>) -> Self {
-        Self { name, site, choice: None, in_hand: None }
+        Self { name, site, choice: None, hand: None }
+    }
+
+    #[cfg(all(test, loom))]
+    pub(crate) const fn with(self, choice: &'a Choice) -> Self {
+        Self { choice: Some(choice), ..self }
+    }
+
+    /// Whether nothing is asked for but a task.
+    #[inline]
+    pub(crate) const fn is_plain(&self) -> bool {
+        self.choice.is_none() && self.hand.is_none()
     }
 
     /// Whether it is to be told which limit is full, and not counted.
     pub(crate) const fn waits(&self) -> bool {
-        self.in_hand.is_some()
+        self.hand.is_some()
     }
 
     /// Takes a permit, be it the one in hand. That of another limit stays there.
-    #[inline]
     pub(crate) fn take(&self, limit: &SpawnLimit) -> bool {
-        if self.in_hand.is_some() { self.take_in_hand(limit) } else { limit.try_take() }
-    }
-
-    #[cold]
-    fn take_in_hand(&self, limit: &SpawnLimit) -> bool {
-        self.with_hand(|in_hand| match in_hand.take_if(|permit| permit.is_of(limit)) {
+        self.with_hand(|hand| match hand.permit.take_if(|permit| permit.is_of(limit)) {
             Some(permit) => {
                 permit.forget();
                 true
@@ -687,21 +717,11 @@ impl Plan {
         })
     }
 
-    pub(crate) fn with_hand<R>(&self, f: impl FnOnce(&mut Option<Permit>) -> R) -> R {
-        match &self.in_hand {
-            Some(in_hand) => f(&mut in_hand.lock().unwrap_or_else(PoisonError::into_inner)),
-            None => f(&mut None),
+    pub(crate) fn with_hand<R>(&self, f: impl FnOnce(&mut Hand) -> R) -> R {
+        match self.hand {
+            Some(hand) => f(&mut hand.lock().unwrap_or_else(PoisonError::into_inner)),
+            None => f(&mut Hand::default()),
         }
-    }
-
-    #[cfg(all(test, loom))]
-    pub(crate) fn graceful(
-        name: &'static str,
-        site: &'static Location<'static>,
-    ) -> (Self, StopToken) {
-        let stop = Arc::<Stop>::default();
-        let choice = Choice { stop: Some(stop.clone()), ..Choice::default() };
-        (Self { choice: Some(choice), ..Self::new(name, site) }, StopToken::new(stop))
     }
 
     pub(crate) const fn has_choices(&self) -> bool {
@@ -709,25 +729,25 @@ impl Plan {
     }
 
     pub(crate) fn timeout(&self) -> Option<Duration> {
-        self.choice.as_ref()?.timeout
+        self.choice?.timeout
     }
 
     pub(crate) fn on_panic(&self) -> Option<OnPanic> {
-        self.choice.as_ref()?.policy.for_panic()
+        self.choice?.policy.for_panic()
     }
 
-    pub(crate) fn policy(&self) -> Option<&Policy> {
-        self.choice.as_ref().map(|choice| &choice.policy).filter(|policy| policy.has_lifetime())
+    pub(crate) fn policy(&self) -> Option<&'a Policy> {
+        self.choice.map(|choice| &choice.policy).filter(|policy| policy.has_lifetime())
     }
 
-    pub(crate) fn stop(&self) -> Option<&Arc<Stop>> {
-        self.choice.as_ref()?.stop.as_ref()
+    pub(crate) fn stop(&self) -> Option<&'a Arc<Stop>> {
+        self.choice?.stop.as_ref()
     }
 
     /// How long it may go on after it was told to end, by its own choice or else this one's; for
     /// what blocks there is no such time.
     pub(crate) fn grace(&self, general: &Policy) -> Option<Duration> {
-        let choice = self.choice.as_ref().filter(|choice| !choice.blocks)?;
+        let choice = self.choice.filter(|choice| !choice.blocks)?;
         choice.stop.as_ref().map(|_| general.grace(Some(&choice.policy)))
     }
 }
@@ -736,7 +756,7 @@ impl Plan {
 #[cold]
 fn admit_elsewhere(
     set: &Arc<Set>,
-    plan: &Plan,
+    plan: &Plan<'_>,
     refusal: Refusal,
 ) -> Result<(Arc<Set>, Ticket), Refusal> {
     match refusal {

@@ -56,7 +56,7 @@ impl Set {
     /// The context and the span of a new task, if they are not just the set's context or what is
     /// inherited from it when somebody asks.
     #[inline]
-    pub(super) fn new_home(&self, plan: &Plan) -> Option<Box<Home>> {
+    pub(super) fn new_home(&self, plan: &Plan<'_>) -> Option<Box<Home>> {
         let elsewhere = Scope::other_than(&self.context);
         if elsewhere.is_none() && !self.context.inherits() {
             return None;
@@ -71,7 +71,7 @@ impl Set {
     }
 
     #[inline(never)]
-    fn new_home_in(&self, elsewhere: Option<RequestContext>, plan: &Plan) -> Option<Box<Home>> {
+    fn new_home_in(&self, elsewhere: Option<RequestContext>, plan: &Plan<'_>) -> Option<Box<Home>> {
         if elsewhere.is_none() && !self.wants_spans() {
             return None;
         }
@@ -100,24 +100,19 @@ impl Set {
         self.own || chosen == Some(AtEnd::Keep)
     }
 
-    #[inline]
-    pub(crate) fn has_context(&self) -> bool {
-        !self.context.is_empty()
-    }
-
     /// Takes the permits of the limits over this place, or over where the set was made if it has
     /// none. Of the one that is the registry's the set takes care.
     #[cold]
     #[inline(never)]
     pub(super) fn take_permits(
         &self,
-        plan: &Plan,
+        plan: &Plan<'_>,
         home: &mut Option<Box<Home>>,
     ) -> Result<(), SpawnLimit> {
         let here = Limits::current();
         let limits = if here.is_empty() { &self.limits } else { &here };
         let permits =
-            plan.with_hand(|in_hand| limits.try_take(in_hand, self.config.limit.as_ref()))?;
+            plan.with_hand(|hand| limits.try_take(&mut hand.permit, self.config.limit.as_ref()))?;
         if permits.is_empty() {
             return Ok(());
         }

@@ -328,17 +328,64 @@ impl Inner {
     }
 
     #[inline]
-    pub(super) fn kind(&mut self, plan: &Plan) -> (u16, &mut Kind) {
-        let kinds = &*self.kinds;
-        let kind = match kinds.first() {
+    pub(super) fn kind(&mut self, plan: &Plan<'_>) -> u16 {
+        match self.kinds.first() {
             Some(first) if first.is(plan.name, plan.site) => 0,
             _ => self.other_kind(plan),
-        };
-        (kind, &mut self.kinds[usize::from(kind)])
+        }
+    }
+
+    /// Whether all that is asked for is given: the response goes on, and nobody was told anything.
+    #[inline]
+    pub(super) fn is_open(&self) -> bool {
+        let is_shut = self.closed || self.cancelled || self.end.is_some();
+        !is_shut && self.stage == Stage::Counting
+    }
+
+    /// Takes a task in: its slot, generation and kind, and whether its counts are to be moved out.
+    #[expect(clippy::inline_always, reason = "in one of two places, for each spawn")]
+    #[inline(always)]
+    pub(super) fn take_in(&mut self, plan: &Plan<'_>, since: u32) -> (u32, u16, u16, bool) {
+        let (kind, full) = self.count_in(plan);
+        self.live += 1;
+        let (slot, generation) = self.take_slot(kind, since);
+        (slot, generation, kind, full)
+    }
+
+    #[expect(clippy::inline_always, reason = "as above")]
+    #[inline(always)]
+    fn count_in(&mut self, plan: &Plan<'_>) -> (u16, bool) {
+        if let Some(first) = self.kinds.first_mut() {
+            if first.is(plan.name, plan.site) {
+                return (0, first.begin());
+            }
+        }
+        let kind = self.other_kind(plan);
+        (kind, self.kinds[usize::from(kind)].begin())
+    }
+
+    /// Counts the task in this slot as ended.
+    #[inline]
+    pub(super) fn count_out(&mut self, slot: u32, outcome: Outcome) -> Option<Waker> {
+        let entry = &mut self.tasks[slot as usize];
+        let kind = std::mem::replace(&mut entry.kind, FREE);
+        entry.since = std::mem::replace(&mut self.free, slot);
+        entry.generation = entry.generation.wrapping_add(1);
+        let waker = entry.waker.take();
+        self.kinds[usize::from(kind)].end(outcome);
+        self.live -= 1;
+        waker
+    }
+
+    /// Whether a task that ends has to look at more than its entry: it is the last, or there is
+    /// more.
+    #[inline]
+    pub(super) fn is_involved(&self) -> bool {
+        self.cancelled || self.rare.is_some() || !self.extras.is_empty() || self.live == 1
     }
 
     #[inline(never)]
-    fn other_kind(&mut self, plan: &Plan) -> u16 {
+    fn other_kind(&mut self, plan: &Plan<'_>) -> u16 {
         let index = self.rare.as_ref().and_then(|rare| rare.index.as_ref());
         let found = match index {
             None => self.kinds.iter().position(|kind| kind.is(plan.name, plan.site)),
@@ -350,7 +397,7 @@ impl Inner {
     }
 
     #[cold]
-    fn add_kind(&mut self, plan: &Plan) -> usize {
+    fn add_kind(&mut self, plan: &Plan<'_>) -> usize {
         if self.kinds.len() > KINDS_MAX {
             return KINDS_MAX;
         }
@@ -382,34 +429,43 @@ impl Inner {
         self.ticks
     }
 
-    #[inline]
-    pub(super) fn take_slot(&mut self, kind: u16, since: u32) -> (u32, u16) {
-        if let Some(entry) = self.tasks.get_mut(self.free as usize) {
-            let slot = std::mem::replace(&mut self.free, entry.since);
-            entry.since = since;
-            entry.kind = kind;
-            return (slot, entry.generation);
-        }
-        if self.tasks.len() == self.tasks.capacity() {
-            self.grow();
-        }
-        self.tasks.push(Entry { waker: None, since, kind, generation: 0 });
-        // A million tasks are some 300 MB: there are no 4 billion.
-        (u32::try_from(self.tasks.len() - 1).unwrap_or(NONE), 0)
+    #[expect(clippy::inline_always, reason = "as above")]
+    #[inline(always)]
+    fn take_slot(&mut self, kind: u16, since: u32) -> (u32, u16) {
+        let slot = self.free;
+        let Some(entry) = self.tasks.get_mut(slot as usize) else {
+            return self.take_new_slot(kind, since);
+        };
+        self.free = std::mem::replace(&mut entry.since, since);
+        entry.kind = kind;
+        (slot, entry.generation)
     }
 
-    /// By four and not by two: to move the entries is most of what a task among many costs its set.
     #[cold]
-    fn grow(&mut self) {
-        self.tasks.reserve(3 * self.tasks.len());
+    #[inline(never)]
+    fn take_new_slot(&mut self, kind: u16, since: u32) -> (u32, u16) {
+        self.grow();
+        self.take_slot(kind, since)
     }
 
-    pub(super) fn free_slot(&mut self, slot: u32) -> (u16, Option<Waker>) {
-        let entry = &mut self.tasks[slot as usize];
-        let kind = std::mem::replace(&mut entry.kind, FREE);
-        entry.since = std::mem::replace(&mut self.free, slot);
-        entry.generation = entry.generation.wrapping_add(1);
-        (kind, entry.waker.take())
+    /// Makes some free entries.
+    fn grow(&mut self) {
+        /// What nobody uses yet costs memory.
+        const MOST: usize = 64;
+        if self.tasks.len() == self.tasks.capacity() {
+            // By four and not by two: to move the entries is most of what a task among many costs
+            // its set.
+            self.tasks.reserve(3 * self.tasks.len());
+        }
+        // A million tasks are some 300 MB: there are no 4 billion.
+        let begin = u32::try_from(self.tasks.len()).unwrap_or(NONE);
+        let more = (self.tasks.capacity() - self.tasks.len()).min(MOST);
+        let free = |since| Entry { waker: None, since, kind: FREE, generation: 0 };
+        self.tasks.extend((begin + 1..).take(more).map(free));
+        if let Some(last) = self.tasks.last_mut() {
+            last.since = NONE;
+        }
+        self.free = begin;
     }
 
     /// The task in this slot has panicked in its drop.
