@@ -41,6 +41,14 @@ impl Here {
     fn replace(&self, context: RequestContext) -> RequestContext {
         ManuallyDrop::into_inner(self.context.replace(ManuallyDrop::new(context)))
     }
+
+    #[inline]
+    fn is_nowhere(&self) -> bool {
+        let current = self.replace(RequestContext::new());
+        let is_empty = current.is_empty();
+        self.replace(current);
+        is_empty && self.task.get().is_none()
+    }
 }
 
 /// The values of one request.
@@ -268,8 +276,9 @@ pub struct Scope {
     task: Option<WhichTask>,
 }
 
-/// What knows which task it is, when its own values are to be made. It is told the scope's context.
-type WhichTask = fn(&RequestContext) -> Option<Task>;
+/// What knows which task it is, and the context that it was started in, when its own values are to be
+/// made. It is told the scope's context.
+type WhichTask = fn(&RequestContext) -> Option<(RequestContext, Task)>;
 
 /// A task that is known when its scope is made. In the context, so that a scope is small.
 struct Started(Task);
@@ -286,19 +295,44 @@ impl Scope {
         if !context.inherits() {
             return Self::new(context);
         }
-        let started = |context: &RequestContext| context.get().map(|Started(task)| *task);
+        let started = |context: &RequestContext| {
+            context.get().map(|Started(task)| (context.started_in().clone(), *task))
+        };
         Self::of_current_task(context.with(Started(task)), started)
     }
 
     /// The same where the task would have to be looked up for each poll: `task` does that when it
-    /// is needed, where the task runs. It is told `context`. While it knows no task, what runs
-    /// there has the values of whoever started it.
+    /// is needed, where the task runs. It is told `context`, and says which context the task was
+    /// started in. While it knows no task, what runs there has the values of whoever started it.
     #[inline]
     pub const fn of_current_task(
         context: RequestContext,
-        task: fn(&RequestContext) -> Option<Task>,
+        task: fn(&RequestContext) -> Option<(RequestContext, Task)>,
     ) -> Self {
         Self { context, task: Some(task) }
+    }
+
+    /// The same where nothing is current, and without a context: `task` is told an empty one when
+    /// something asks, and until then nothing is moved or counted. Whoever calls it
+    /// [takes it back](Self::take_back), unless it was `false`: then something is current.
+    #[inline]
+    pub fn lend(task: fn(&RequestContext) -> Option<(RequestContext, Task)>) -> bool {
+        HERE.with(|here| {
+            let is_free = here.is_nowhere();
+            if is_free {
+                here.task.set(Some(task));
+            }
+            is_free
+        })
+    }
+
+    /// Ends what [`lend`](Self::lend) has begun, and yields what was made, if something has asked.
+    #[inline]
+    pub fn take_back() -> Option<Self> {
+        HERE.with(|here| match here.task.take() {
+            Some(_) => None,
+            None => Some(Self::new(here.replace(RequestContext::new()))),
+        })
     }
 
     /// Makes the own values of the task that is current, if they are yet to be made: for those who
@@ -345,12 +379,7 @@ impl Scope {
     /// Whether nothing is current: nobody's work runs here, or it has no values.
     #[inline]
     pub fn is_nowhere() -> bool {
-        HERE.with(|here| {
-            let current = here.replace(RequestContext::new());
-            let is_nowhere = current.is_empty();
-            here.replace(current);
-            is_nowhere
-        })
+        HERE.with(Here::is_nowhere)
     }
 
     /// The current context, if there is one and it is not `context`. When it is, which is what
@@ -384,10 +413,11 @@ impl Scope {
         }
         let mut here = PutBack(Self::default());
         here.0.swap();
-        let own = if here.0.context.inherits() {
-            let task = here.0.task.and_then(|which| which(&here.0.context));
-            let Some(task) = task else { return };
-            here.0.context.started_in().inherit(&task)
+        // One that is empty may be lent.
+        let own = if here.0.context.inherits() || here.0.context.is_empty() {
+            let known = here.0.task.and_then(|which| which(&here.0.context));
+            let Some((context, task)) = known else { return };
+            context.started_in().inherit(&task)
         } else {
             here.0.context.clone()
         };

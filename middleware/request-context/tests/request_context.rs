@@ -1153,7 +1153,8 @@ fn the_span_of_a_task_is_the_newest_one_that_is_enabled() {
 #[test]
 fn a_task_gets_its_own_values_when_it_first_asks_and_only_once() {
     let (context, made) = lineage();
-    let mut scope = Scope::of_current_task(context.clone(), |_| Some(a_task()));
+    let mut scope =
+        Scope::of_current_task(context.clone(), |context| Some((context.clone(), a_task())));
 
     scope.enter(|| assert!(Scope::other_than(&context).is_none()));
     scope.enter(|| RequestContext::new().sync_scope(|| assert_eq!(tenant(), None)));
@@ -1190,7 +1191,8 @@ impl Inherit for Asks {
 fn a_panic_while_a_value_is_inherited_leaves_the_task_in_its_context() {
     let attempts = Arc::<AtomicUsize>::default();
     let context = context_of(7).with_inherited(Asks(attempts.clone()));
-    let mut scope = Scope::of_current_task(context.clone(), |_| Some(a_task()));
+    let mut scope =
+        Scope::of_current_task(context.clone(), |context| Some((context.clone(), a_task())));
     scope.enter(|| {
         assert!(panics(|| drop(RequestContext::current())));
         assert!(Scope::other_than(&context).is_none());
@@ -1220,7 +1222,8 @@ fn two_swaps_of_a_scope_are_none() {
 fn a_task_may_be_known_or_looked_up_when_its_values_are_made() {
     let (context, _) = lineage();
     let known = Scope::of_task(context.clone(), a_task());
-    let looked_up = Scope::of_current_task(context.clone(), |_| Some(a_task()));
+    let looked_up =
+        Scope::of_current_task(context.clone(), |context| Some((context.clone(), a_task())));
     for mut scope in [known, looked_up] {
         scope.enter(|| assert!(!Scope::is_nowhere()));
         assert!(scope.is_pending());

@@ -254,6 +254,8 @@ impl Watch for ResponseScope {
     #[inline]
     fn enter(&mut self) {
         if let Some(own) = &mut self.own {
+            // In a task that is not the one it was made in, perhaps.
+            Scope::settle();
             HERE.with(|here| here.swap(own));
         }
         if let Some(deadline) = &mut self.deadline {

@@ -33,7 +33,7 @@ use crate::{
     task_set::Plan,
 };
 
-pub(crate) use home::Home;
+pub(crate) use home::{Home, current_task};
 
 use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, NOT_YET, Stage, Watch};
 
@@ -41,6 +41,8 @@ use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, NOT_YET, Stage, Watc
 pub(crate) const ORDERS: u8 = 1;
 /// Its tasks run in a context.
 pub(crate) const CONTEXT: u8 = 1 << 1;
+/// The context of a task is [lent](Scope::lend).
+pub(crate) const LENT: u8 = 1 << 4;
 /// Its tasks have a [level](Set::level).
 const LEVEL: u8 = 1 << 2;
 /// There is more to a spawn than to a plain one.
@@ -112,7 +114,7 @@ impl Set {
             marks |= LEVEL;
         }
         let is_chosen = config.runtime.is_some() || runtime.is_none();
-        if is_chosen || !limits.is_empty() || config.observer.is_some() || context.inherits() {
+        if is_chosen || !limits.is_empty() || config.observer.is_some() {
             marks |= CARE;
         }
         Arc::new(Self {
@@ -210,6 +212,9 @@ impl Set {
         let here = place::slot_of(self)?;
         let is_plain = self.marks() & CARE == 0 && plan.is_plain();
         if !is_plain || Limits::are_here() || Scope::is_elsewhere(&self.context) {
+            return None;
+        }
+        if self.marks() & CONTEXT != 0 && self.wants_spans() {
             return None;
         }
         let mut inner = self.lock();

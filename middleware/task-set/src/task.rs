@@ -10,13 +10,14 @@ use std::{
 
 use pin_project_lite::pin_project;
 use tower_catch_unwind::{Panic, catch, destructor};
+use tower_request_context::Scope;
 use tower_response_end::End;
 use tower_spawn_limit::Level;
 
 use crate::{
     StopToken,
     place::{self, InTask},
-    set::{CONTEXT, ORDERS, Set},
+    set::{CONTEXT, LENT, ORDERS, Set, current_task},
 };
 
 /// Why a task was told to end.
@@ -307,8 +308,11 @@ enum Phase {
     Started,
     /// It has come to an await, and the set has its waker.
     Waits,
-    /// Its future is ready and about to be dropped. What that is dropped in was not left.
-    Stays,
+    /// Its future is ready and about to be dropped. What that is dropped in was not left: the set,
+    /// and perhaps the task's context.
+    Stays {
+        in_scope: bool,
+    },
     /// Its future is being dropped: whether something else was unwinding then, and whether the
     /// task's context was entered.
     Dropping {
@@ -350,7 +354,11 @@ impl Member {
         if marks != 0 {
             level = self.set().level().raise();
             if marks & CONTEXT != 0 {
-                self.set().enter_home(self.slot, self.extra, &mut away);
+                if !self.extra && Scope::lend(current_task) {
+                    marks = marks & !CONTEXT | LENT;
+                } else {
+                    self.set().enter_home(self.slot, self.extra, &mut away);
+                }
             }
         }
         let inside = InTask::enter(self.set.take(), self.slot);
@@ -359,7 +367,7 @@ impl Member {
         let caught = catch(|| result = poll());
         if caught.is_ok() && result.is_ready() && marks & CONTEXT == 0 && inside.is_from_nowhere() {
             // Who polls it drops it now: its destructors run in the set too.
-            self.phase = Phase::Stays;
+            self.phase = Phase::Stays { in_scope: marks & LENT != 0 };
             self.outcome = Some(Outcome::Completed);
             inside.stay();
             if marks != 0 {
@@ -372,6 +380,10 @@ impl Member {
         forget(replace(&mut self.set, inside.leave()));
         if marks & CONTEXT != 0 {
             self.extra |= self.set().leave_home(self.slot, &mut away);
+        } else if marks & LENT != 0 {
+            if let Some(scope) = Scope::take_back() {
+                self.extra = self.set().keep(self.slot, scope);
+            }
         }
         if marks != 0 {
             Level::leave(level);
@@ -407,7 +419,8 @@ impl Member {
     fn tell_drop(&mut self) {
         let first = self.outcome.replace(Outcome::Panicked);
         if let Some(set) = self.set.as_ref().filter(|_| first != Some(Outcome::Panicked)) {
-            set.tell_drop_panic(self.slot, destructor::panic());
+            // For the ids: what was lent is the task's no more.
+            set.in_some_context(|| set.tell_drop_panic(self.slot, destructor::panic()));
         }
     }
 
@@ -430,7 +443,10 @@ impl Member {
     fn enter_drop(&mut self) {
         let unwinding = thread::panicking();
         destructor::enter();
-        let in_scope = self.phase != Phase::Stays && self.enter_to_drop();
+        let in_scope = match self.phase {
+            Phase::Stays { in_scope } => in_scope,
+            _ => self.enter_to_drop(),
+        };
         self.phase = Phase::Dropping { unwinding, in_scope };
     }
 

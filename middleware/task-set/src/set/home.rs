@@ -57,6 +57,12 @@ impl Set {
     /// inherited from it when somebody asks.
     #[inline]
     pub(super) fn new_home(&self, plan: &Plan<'_>) -> Option<Box<Home>> {
+        if let Some((set, _)) = place::current_task() {
+            // What that was lent is its own.
+            if !set.context.ptr_eq(&self.context) {
+                Scope::settle();
+            }
+        }
         let elsewhere = Scope::other_than(&self.context);
         if elsewhere.is_none() && !self.context.inherits() {
             return None;
@@ -64,7 +70,7 @@ impl Set {
         self.new_home_in(elsewhere, plan)
     }
 
-    fn wants_spans(&self) -> bool {
+    pub(super) fn wants_spans(&self) -> bool {
         // The code of whoever made the values.
         self.context.inherits()
             && self.call("wants_span", || self.context.wants_span()).unwrap_or(false)
@@ -163,11 +169,35 @@ impl Set {
         true
     }
 
+    /// The same for a task that was [lent](Scope::lend) its context, and has asked for it.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn keep(&self, slot: u32, scope: Scope) -> bool {
+        // If nothing is its own, the set has this context too: nothing of others is dropped.
+        let inherits = self.context.inherits();
+        if inherits {
+            let home = Box::new(Home { scope, ..Home::default() });
+            self.lock().extras.entry(slot).or_default().home = Some(home);
+        }
+        inherits
+    }
+
+    /// Runs `f` in the current context, or in the set's if there is none.
+    pub(crate) fn in_some_context<R>(&self, f: impl FnOnce() -> R) -> R {
+        if RequestContext::current().is_empty() { self.context.clone().sync_scope(f) } else { f() }
+    }
+
     /// The task's future is about to be dropped. Whether its context is now the current one: not if
     /// another is, for there is no place to keep it.
     #[inline(never)]
     pub(crate) fn enter_drop(&self, slot: u32, has_extra: bool) -> bool {
-        if !place::is_nowhere() || !Scope::is_nowhere() || Limits::are_here() {
+        if !place::is_nowhere() || Limits::are_here() {
+            return false;
+        }
+        if !has_extra {
+            return Scope::lend(current_task);
+        }
+        if !Scope::is_nowhere() {
             return false;
         }
         let mut away = None;
@@ -182,12 +212,19 @@ impl Set {
     }
 
     /// It has been dropped, and was [entered](Self::enter_drop).
-    #[inline(never)]
+    #[inline]
     pub(crate) fn leave_drop(&self, slot: u32, has_extra: bool) {
-        let mut home = None;
         if has_extra {
-            home = self.lock().extras.get_mut(&slot).and_then(|extra| extra.home.take());
+            self.leave_home_to_drop(slot);
+        } else if let Some(scope) = Scope::take_back() {
+            // Values are the code of others.
+            drop(catch(|| drop(scope)));
         }
+    }
+
+    #[inline(never)]
+    fn leave_home_to_drop(&self, slot: u32) {
+        let home = self.lock().extras.get_mut(&slot).and_then(|extra| extra.home.take());
         if let Some(home) = &home {
             home.leave_span();
             Limits::default().leave();
@@ -201,14 +238,16 @@ impl Set {
     }
 }
 
-/// The task that runs here, if it was started in this context.
-fn current_task(context: &RequestContext) -> Option<Task> {
+/// The task that runs here, if it was started in this context, or in whichever if that is empty.
+pub(crate) fn current_task(context: &RequestContext) -> Option<(RequestContext, Task)> {
     let (set, slot) = place::current_task()?;
-    if !set.context.ptr_eq(context) {
+    let is_its = context.is_empty() || set.context.ptr_eq(context);
+    if set.context.is_empty() || !is_its {
         return None;
     }
     let (name, site) = set.name_and_site(slot);
     let inner = set.lock();
     let own = inner.extras.get(&slot).and_then(|extra| extra.policy.as_ref());
-    Some(Task::new(name, site).kept(set.is_kept(&inner, own)))
+    let task = Task::new(name, site).kept(set.is_kept(&inner, own));
+    Some((set.context.clone(), task))
 }
