@@ -113,6 +113,9 @@
 //! or its registry. What never awaits cannot be stopped, nor can a closure that blocks; it stays in
 //! the [`Snapshot`] as [`Cancelling`](TaskState::Cancelling), by name and place.
 //!
+//! Of several reasons to end, what a task was told first is its [`Cause`], though it has not come to
+//! an await yet. A panic, or a result before the next await, counts for more than what it was told.
+//!
 //! A task that waits for what it is part of, with [`TaskRegistry::wait`] or [`Group::wait`], waits
 //! for itself, until it is told to end.
 //!

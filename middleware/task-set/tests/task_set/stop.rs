@@ -5,7 +5,8 @@ use std::{future::pending, sync::mpsc, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
 use tower::Layer;
 use tower_task_set::{
-    AtEnd, Cause, SpawnError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer, TaskState,
+    AbortHandle, AtEnd, Cause, End, SpawnError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
+    TaskState,
 };
 
 use crate::support::*;
@@ -35,6 +36,40 @@ fn assert_about(found: Duration, expected: Duration) {
 }
 
 type Tell = fn(&TaskRegistry, &TaskSet, &TaskHandle<Cause>);
+
+#[tokio::test(start_paused = true)]
+async fn of_several_reasons_to_end_the_first_one_counts() {
+    type Tell = fn(&TaskRegistry, &TaskSet, &AbortHandle);
+    let ways: [(Tell, Cause); 3] = [
+        (|_, _, task| task.abort(), Cause::Requested),
+        (|_, set, _| set.cancel_all(), Cause::Requested),
+        (|tasks, _, _| tasks.cancel_all(), Cause::Shutdown),
+    ];
+    for (first, cause) in ways {
+        for (second, _) in ways {
+            for ends_first in [false, true] {
+                let tasks = TaskRegistry::new().at_end(AtEnd::Cancel);
+                let served = serve(&TaskSetLayer::new(&tasks));
+                let set = served.set.clone();
+                let (plain, graceful) = (set.spawn("plain", forever()).unwrap(), cooperative(&set));
+                settle().await;
+                let handles = [plain.abort_handle(), graceful.abort_handle()];
+                let mut expected = cause;
+                if ends_first {
+                    served.end(End::Disconnected);
+                    expected = Cause::Disconnected;
+                    handles.iter().for_each(|task| first(&tasks, &set, task));
+                } else {
+                    handles.iter().for_each(|task| first(&tasks, &set, task));
+                    served.end(End::Disconnected);
+                }
+                handles.iter().for_each(|task| second(&tasks, &set, task));
+                assert_eq!(outcome(plain).await, Yield::Cancelled(expected));
+                assert_eq!(outcome(graceful).await, Yield::Completed(expected));
+            }
+        }
+    }
+}
 
 #[tokio::test(start_paused = true)]
 async fn a_task_sees_why_it_is_told_at_its_next_poll_and_its_result_counts() {
