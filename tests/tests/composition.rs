@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture, stream};
-use http::{HeaderValue, Request, Response, StatusCode, Version, header::CONTENT_TYPE};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header::CONTENT_TYPE};
 use http_body::{Body, Frame};
 use http_body_util::{BodyExt, StreamBody, combinators::UnsyncBoxBody};
 use tokio::time::{Instant, sleep, timeout};
@@ -234,6 +234,7 @@ async fn a_panic_is_an_end_of_its_own_unless_a_body_of_an_inner_catch_has_answer
         let site = Site::default();
         let mut request = request(what);
         if grpc {
+            *request.method_mut() = Method::POST;
             *request.version_mut() = Version::HTTP_2;
             request
                 .headers_mut()

@@ -60,8 +60,8 @@
 //!
 //! # gRPC
 //!
-//! A request is gRPC if its content type is `application/grpc`, with or without a codec
-//! (`+proto`). Before the head its answer is trailers-only: status 200, its own content type, and
+//! A request is gRPC if it is a POST whose content type is `application/grpc`, with or without a
+//! codec (`+proto`). Before the head its answer is trailers-only: status 200, its own content type, and
 //! `grpc-status: 13`. After it `grpc-status: 13` comes in trailers, unless it has come over HTTP/1,
 //! where hyper leaves them out: there the body ends in an error.
 //!

@@ -643,8 +643,8 @@ fn grpc_is_told_by_its_content_type() {
         ("application/json", false),
         ("", false),
     ] {
-        let mut request = Request::new(());
-        request.headers_mut().insert(header::CONTENT_TYPE, content_type.parse().unwrap());
+        let request = Request::post("/").header(header::CONTENT_TYPE, content_type);
+        let request = request.body(()).unwrap();
         let response = answer_of(&CatchUnwindLayer::new(), request);
         assert_eq!(response.status(), if is_grpc { 200 } else { 500 }, "{content_type}");
         assert_eq!(response.headers().contains_key("grpc-status"), is_grpc, "{content_type}");
@@ -653,6 +653,9 @@ fn grpc_is_told_by_its_content_type() {
         assert!(expected.to_lowercase().starts_with(answered), "{content_type}: {answered}");
         assert_eq!(response.body().is_end_stream(), is_grpc);
     }
+    let request = Request::get("/").header(header::CONTENT_TYPE, "application/grpc");
+    let response = answer_of(&CatchUnwindLayer::new(), request.body(()).unwrap());
+    assert_eq!(response.status(), 500, "gRPC is POST");
 }
 
 #[test]

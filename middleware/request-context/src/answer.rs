@@ -5,7 +5,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version, header};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header,
+};
 
 use crate::{RequestContext, RequestId, TraceId};
 
@@ -153,8 +155,12 @@ enum Codec {
 }
 
 impl Dialect {
-    /// That of this request's client.
+    /// That of this request's client. A request that is no POST is not gRPC, whatever it says
+    /// (gRPC over HTTP/2, "Requests").
     pub fn of<B>(request: &Request<B>) -> Self {
+        if request.method() != Method::POST {
+            return Self::default();
+        }
         let content_type = request.headers().get(header::CONTENT_TYPE);
         let mut dialect = content_type.and_then(Self::of_content_type).unwrap_or_default();
         if dialect.form == Form::Grpc && request.version() < Version::HTTP_2 {

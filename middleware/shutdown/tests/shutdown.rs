@@ -477,9 +477,8 @@ async fn a_late_request_is_served_and_told_to_close_or_refused_if_so_chosen() {
             (Version::HTTP_2, "text/plain"),
             (Version::HTTP_2, "application/grpc"),
         ] {
-            let mut request = Request::new(());
-            *request.version_mut() = version;
-            request.headers_mut().insert(header::CONTENT_TYPE, content_type.parse().unwrap());
+            let request = Request::post("/").version(version);
+            let request = request.header(header::CONTENT_TYPE, content_type).body(()).unwrap();
             assert!(matches!(
                 service.poll_ready(&mut Context::from_waker(Waker::noop())),
                 Poll::Ready(Ok(()))
