@@ -129,7 +129,7 @@ mod signal;
 mod stop;
 
 use std::{
-    fmt,
+    convert, fmt,
     marker::PhantomData,
     mem::{self, ManuallyDrop},
     pin::Pin,
@@ -466,6 +466,7 @@ pin_project! {
 
 impl<F, W: Watch> ResponseFuture<F, W, Http> {
     /// Watches what comes of `call`, the call of an HTTP service.
+    #[inline]
     pub fn http(watch: W, asked: Asked, call: impl FnOnce() -> F) -> Self {
         Self::new(watch, asked, call)
     }
@@ -480,12 +481,13 @@ impl<F, W: Watch> ResponseFuture<F, W, Plain> {
 }
 
 impl<F, W: Watch, P> ResponseFuture<F, W, P> {
+    #[inline]
     fn new(watch: W, asked: Asked, call: impl FnOnce() -> F) -> Self {
         let mut watched = Watched { watch, ended: false };
         let inside = Inside::enter(&mut watched);
-        let inner = Some(call());
+        let inner = call();
         inside.leave();
-        Self { inner, watched: Some(watched), asked, protocol: PhantomData }
+        Self { inner: Some(inner), watched: Some(watched), asked, protocol: PhantomData }
     }
 
     const fn dialect(&self) -> Dialect {
@@ -506,16 +508,22 @@ impl<F, W: Watch, P> ResponseFuture<F, W, P> {
     }
 }
 
-impl<F, W, B, E> Future for ResponseFuture<F, W, Http>
+impl<F, W, B, E> ResponseFuture<F, W, Http>
 where
     F: Future<Output = Result<Response<B>, E>>,
     W: Watch,
     B: Body,
 {
-    type Output = Result<Response<ResponseBody<B, W>>, E>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut this = self.project();
+    /// Yields the response with what `wrap` makes of the body, and `pending` while there is none.
+    // The response is made in one go, for it is large and each move of it is a copy.
+    #[inline]
+    fn poll_or<T>(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        wrap: impl FnOnce(ResponseBody<B, W>) -> T,
+        pending: impl FnOnce(Pin<&mut Self>, &mut Context<'_>) -> Poll<Result<Response<T>, E>>,
+    ) -> Poll<Result<Response<T>, E>> {
+        let mut this = self.as_mut().project();
         let watched = this.watched.as_mut().expect("polled after it was ready");
         let inside = Inside::enter(watched);
         let output = this.inner.as_mut().as_pin_mut().map_or(Poll::Pending, |inner| inner.poll(cx));
@@ -532,7 +540,7 @@ where
         watched.look_at(this.asked.upload.as_ref(), cx);
         let (mut left, mut in_trailers) = (None, false);
         match &output {
-            Poll::Pending => return Poll::Pending,
+            Poll::Pending => return pending(self, cx),
             Poll::Ready(Err(_)) => {
                 watched.end(End::Failed);
                 *this.watched = None;
@@ -543,21 +551,36 @@ where
                 } else if over || this.asked.has_no_body(response.status()) {
                     watched.end(End::Completed);
                 } else {
-                    left = content_length(response).or(exact);
+                    left = exact.or_else(|| content_length(response));
                 }
                 in_trailers = this.asked.dialect.ends_in_trailers(response);
             }
         }
         output.map_ok(|response| {
-            response.map(|body| ResponseBody {
-                inner: Some(body),
-                watched: this.watched.take(),
-                upload: this.asked.upload.take(),
-                left: left.unwrap_or(ENDLESS),
-                over: false,
-                in_trailers,
+            response.map(|body| {
+                wrap(ResponseBody {
+                    inner: Some(body),
+                    watched: this.watched.take(),
+                    upload: this.asked.upload.take(),
+                    left: left.unwrap_or(ENDLESS),
+                    over: false,
+                    in_trailers,
+                })
             })
         })
+    }
+}
+
+impl<F, W, B, E> Future for ResponseFuture<F, W, Http>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    W: Watch,
+    B: Body,
+{
+    type Output = Result<Response<ResponseBody<B, W>>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.poll_or(cx, convert::identity, |_, _| Poll::Pending)
     }
 }
 
@@ -588,7 +611,9 @@ where
 /// As the number of bytes that are to come: nobody knows. So many never pass.
 const ENDLESS: u64 = u64::MAX;
 
-/// Before the hint: hyper wants the two to be equal, and goes by this one if there is no other.
+/// After the hint: hyper wants the two to be equal, and over HTTP/1 it goes by the hint if they are
+/// not.
+#[inline(never)]
 fn content_length<B>(response: &Response<B>) -> Option<u64> {
     let value = response.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?;
     // `parse` would take a sign.
@@ -666,20 +691,21 @@ impl<B: Body, W: Stop> ResponseBody<B, W> {
     }
 }
 
-impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
+impl<B: Body, W: Watch> ResponseBody<B, W> {
+    /// With what `wrap` makes of an error.
+    // A frame is made in one go, as a response is.
+    #[inline]
+    fn poll_wrapped<E>(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        wrap: impl FnOnce(B::Error) -> E,
+    ) -> Poll<Option<Result<Frame<B::Data>, E>>> {
         let this = self.project();
         let Some(mut inner) = this.inner.as_pin_mut().filter(|_| !*this.over) else {
             return Poll::Ready(None);
         };
         let Some(watched) = this.watched else {
-            return inner.poll_frame(cx);
+            return inner.poll_frame(cx).map_err(wrap);
         };
         // Stays so if the inner body panics.
         *this.over = true;
@@ -689,23 +715,48 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
         let at_end = is_data && inner.is_end_stream();
         inside.leave();
         watched.look_at(this.upload.as_ref(), cx);
-        match &frame {
-            Poll::Ready(None) => watched.end(End::Completed),
-            Poll::Ready(Some(Err(_))) => watched.end(End::Failed),
-            Poll::Ready(Some(Ok(frame))) if frame.is_trailers() => watched.end(End::Completed),
-            Poll::Ready(Some(Ok(frame))) => {
+        match frame {
+            Poll::Pending => {
                 *this.over = false;
-                if let Some(data) = frame.data_ref() {
+                Poll::Pending
+            }
+            Poll::Ready(None) => {
+                watched.end(End::Completed);
+                Poll::Ready(None)
+            }
+            Poll::Ready(Some(Err(error))) => {
+                watched.end(End::Failed);
+                Poll::Ready(Some(Err(wrap(error))))
+            }
+            // Taken out and put in again, for trailers are three times as large.
+            Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                Ok(data) => {
+                    *this.over = false;
                     let len = u64::try_from(data.remaining()).unwrap_or(u64::MAX);
                     *this.left = this.left.saturating_sub(len);
+                    if at_end {
+                        watched.end(End::Completed);
+                    }
+                    Poll::Ready(Some(Ok(Frame::data(data))))
                 }
-                if at_end {
+                Err(frame) => {
                     watched.end(End::Completed);
+                    Poll::Ready(Some(Ok(frame)))
                 }
-            }
-            Poll::Pending => *this.over = false,
+            },
         }
-        frame
+    }
+}
+
+impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        self.poll_wrapped(cx, convert::identity)
     }
 
     fn is_end_stream(&self) -> bool {

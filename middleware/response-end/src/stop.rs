@@ -103,6 +103,7 @@ pin_project! {
 impl<F, W: Watch> StoppableFuture<F, W, Http> {
     /// Watches what comes of `call`, the call of an HTTP service, until `watch` ends it. `dialect`
     /// is that of the request: it is answered in it.
+    #[inline]
     pub fn http(watch: W, asked: Asked, dialect: Dialect, call: impl FnOnce() -> F) -> Self {
         Self { inner: ResponseFuture::http(watch, Asked { dialect, ..asked }, call) }
     }
@@ -124,13 +125,11 @@ where
     type Output = Result<Response<StoppableBody<B, W>>, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut inner = self.project().inner;
-        if let Poll::Ready(output) = inner.as_mut().poll(cx) {
-            return Poll::Ready(output.map(|response| response.map(StoppableBody::of)));
-        }
-        let stopped = ready!(inner.as_mut().poll_stop(cx));
-        let response = stopped.response(inner.dialect());
-        Poll::Ready(Ok(response.map(StoppableBody::answer)))
+        self.project().inner.poll_or(cx, StoppableBody::of, |mut inner, cx| {
+            let stopped = ready!(inner.as_mut().poll_stop(cx));
+            let response = stopped.response(inner.dialect());
+            Poll::Ready(Ok(response.map(StoppableBody::answer)))
+        })
     }
 }
 
@@ -209,10 +208,10 @@ where
         let mut this = self.project();
         let (stopped, in_trailers) = match this.state.as_mut().project() {
             StateProj::Inner { mut body } => {
-                let frame = body.as_mut().poll_frame(cx);
+                let frame = body.as_mut().poll_wrapped(cx, BodyError::Inner);
                 match body.as_mut().poll_stop(frame.is_ready(), cx) {
                     Poll::Ready(stopped) => (stopped, body.in_trailers),
-                    Poll::Pending => return frame.map_err(BodyError::Inner),
+                    Poll::Pending => return frame,
                 }
             }
             StateProj::Answer { bytes } => {

@@ -1790,7 +1790,7 @@ impl Case {
                 Some(Step::Pending) => {}
             }
         }
-        match self.content_length.or(self.exact) {
+        match self.exact.or(self.content_length) {
             Some(announced) if passed >= announced => Completed,
             _ => Disconnected,
         }
