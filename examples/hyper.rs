@@ -12,7 +12,7 @@ use http::{Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo},
+    rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
     service::TowerToHyperService,
 };
@@ -59,7 +59,10 @@ async fn main() -> Result {
         while let Ok((stream, _)) = listener.accept().await {
             let service = TowerToHyperService::new(service.clone());
             tokio::spawn(async move {
-                let builder = auto::Builder::new(TokioExecutor::new());
+                let mut builder = auto::Builder::new(TokioExecutor::new());
+                // Without a timer, which it needs for that, a client could take for ever.
+                let timer = TokioTimer::new();
+                builder.http1().timer(timer).header_read_timeout(Duration::from_millis(200));
                 drop(builder.serve_connection(TokioIo::new(stream), service).await);
             });
         }
@@ -83,6 +86,12 @@ async fn main() -> Result {
     let response = get("/slow").await?;
     assert!(response.starts_with("HTTP/1.1 504 "), "{response}");
     println!("    {}", response.lines().next_back().unwrap_or_default());
+
+    println!("A client that never ends its head");
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: ").await?;
+    let read = stream.read_to_end(&mut Vec::new()).await?;
+    println!("    closed after {read} bytes");
 
     tasks.close();
     tasks.wait().await;
