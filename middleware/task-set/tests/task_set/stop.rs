@@ -53,17 +53,21 @@ async fn of_several_reasons_to_end_the_first_one_counts() {
                 let set = served.set.clone();
                 let (plain, graceful) = (set.spawn("plain", forever()).unwrap(), cooperative(&set));
                 settle().await;
-                let handles = [plain.abort_handle(), graceful.abort_handle()];
+                let tell_both = |tell: Tell| {
+                    for task in [plain.abort_handle(), graceful.abort_handle()] {
+                        tell(&tasks, &set, &task);
+                    }
+                };
                 let mut expected = cause;
                 if ends_first {
                     served.end(End::Disconnected);
                     expected = Cause::Disconnected;
-                    handles.iter().for_each(|task| first(&tasks, &set, task));
+                    tell_both(first);
                 } else {
-                    handles.iter().for_each(|task| first(&tasks, &set, task));
+                    tell_both(first);
                     served.end(End::Disconnected);
                 }
-                handles.iter().for_each(|task| second(&tasks, &set, task));
+                tell_both(second);
                 assert_eq!(outcome(plain).await, Yield::Cancelled(expected));
                 assert_eq!(outcome(graceful).await, Yield::Completed(expected));
             }
