@@ -8,8 +8,21 @@ use crate::{Panic, catch::escape};
 pub(crate) const INTERNAL: Answer =
     Answer::new(StatusCode::INTERNAL_SERVER_ERROR, 13, "internal error");
 
-/// What must be known of a request to answer a panic and to tell of it. Nothing of it is copied:
-/// the path is a reference into what the server has read.
+/// The method, for reports and logs. It may be any token (RFC 9110, section 9.1), and a server reads
+/// one of hundreds of kilobytes: longer than 32 bytes, which none is that was registered, it is
+/// `OTHER`.
+#[doc(hidden)]
+pub fn short_method(method: &Method) -> Method {
+    const MAX: usize = 32;
+    if method.as_str().len() <= MAX {
+        method.clone()
+    } else {
+        Method::from_bytes(b"OTHER").unwrap_or_default()
+    }
+}
+
+/// What must be known of a request to answer a panic and to tell of it. The path is a reference into
+/// what the server has read; the method is [short](short_method).
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     method: Option<Method>,
@@ -20,7 +33,7 @@ pub(crate) struct Seen {
 impl Seen {
     pub(crate) fn of<B>(request: &Request<B>) -> Self {
         Self {
-            method: Some(request.method().clone()),
+            method: Some(short_method(request.method())),
             path: request.uri().path_and_query().cloned(),
             dialect: Dialect::of(request),
         }

@@ -112,6 +112,7 @@ pub use hook::{Site, install_hook, record};
 pub use tower_request_context::{Http, Plain};
 #[doc(hidden)]
 pub use {
+    answer::short_method,
     hook::destructor,
     log::{Log, call},
 };
@@ -151,7 +152,7 @@ impl<M> CatchUnwindLayer<M> {
     /// ```
     ///
     /// A gRPC client gets the default answer unless there is a `grpc-status` in the headers of
-    /// this one. If it panics itself, the default answers.
+    /// this one. If it panics itself, the default answers. The answer to HEAD loses its content.
     pub fn on_panic<N>(self, on_panic: N) -> CatchUnwindLayer<N> {
         CatchUnwindLayer { on_panic, log: self.log, protocol: PhantomData }
     }
@@ -386,7 +387,7 @@ where
             log.tell(panic, "on_panic", Some(seen));
         }
         let mut response = match answer {
-            Ok(Some(response)) if seen.understands(&response) => response,
+            Ok(Some(response)) if seen.understands(&response) => seen.dialect.fit(response),
             _ => seen.default_answer(&panic),
         };
         response.extensions_mut().insert(panic);

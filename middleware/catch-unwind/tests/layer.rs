@@ -736,6 +736,11 @@ fn the_event_says_which_request_without_its_query_and_escaped() {
     *request.uri_mut() = long;
     let ((), events) = logged(|| drop(answer_of(&CatchUnwindLayer::new(), request)));
     assert_eq!(events[0]["path"].len(), 256);
+
+    let mut request = Request::new(());
+    *request.method_mut() = "M".repeat(300_000).parse().unwrap();
+    let ((), events) = logged(|| drop(answer_of(&CatchUnwindLayer::new(), request)));
+    assert_eq!(events[0]["method"], "OTHER");
 }
 
 #[test]

@@ -84,7 +84,7 @@ impl Answer {
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
-        response
+        dialect.fit(response)
     }
 
     /// The trailers that end a gRPC response after its head.
@@ -122,7 +122,8 @@ impl Answer {
     }
 }
 
-/// How the client of a request speaks: HTTP, or a form of gRPC, by the request's content type.
+/// How the client of a request speaks: HTTP, or a form of gRPC, by the request's content type; and
+/// whether it wants no more than the head of the answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dialect {
     form: Form,
@@ -134,6 +135,8 @@ enum Form {
     /// HTTP without gRPC.
     #[default]
     Http,
+    /// The same, to HEAD.
+    Head,
     /// gRPC over HTTP/2.
     Grpc,
     /// gRPC over HTTP/1, where hyper leaves out trailers that the head did not announce.
@@ -159,7 +162,8 @@ impl Dialect {
     /// (gRPC over HTTP/2, "Requests").
     pub fn of<B>(request: &Request<B>) -> Self {
         if request.method() != Method::POST {
-            return Self::default();
+            let form = if request.method() == Method::HEAD { Form::Head } else { Form::Http };
+            return Self { form, codec: Codec::Unnamed };
         }
         let content_type = request.headers().get(header::CONTENT_TYPE);
         let mut dialect = content_type.and_then(Self::of_content_type).unwrap_or_default();
@@ -169,9 +173,25 @@ impl Dialect {
         dialect
     }
 
+    /// A layer's own response as the client takes it: to HEAD it has no content, and its
+    /// `content-length` is that of the answer to GET (RFC 9110, section 9.3.2). Servers leave the
+    /// content out over HTTP/1 alone, and clients take it for an error over HTTP/2. An [`Answer`] is
+    /// like this already.
+    pub fn fit(self, mut response: Response<Bytes>) -> Response<Bytes> {
+        if self.form == Form::Head {
+            let content = mem::take(response.body_mut());
+            let headers = response.headers_mut();
+            if !content.is_empty() && !headers.contains_key(header::CONTENT_LENGTH) {
+                // A full map takes no more.
+                drop(headers.try_insert(header::CONTENT_LENGTH, content.len().into()));
+            }
+        }
+        response
+    }
+
     /// Whether it is gRPC in any form, grpc-web too.
     pub const fn is_grpc(self) -> bool {
-        !matches!(self.form, Form::Http)
+        !matches!(self.form, Form::Http | Form::Head)
     }
 
     /// Whether the client of this response sees [trailers](Answer::trailers) after its head.
@@ -205,7 +225,7 @@ impl Dialect {
 
     const fn content_type(self) -> &'static str {
         match (self.form, self.codec) {
-            (Form::Http, _) => "application/problem+json",
+            (Form::Http | Form::Head, _) => "application/problem+json",
             (Form::Grpc | Form::GrpcWithoutTrailers, Codec::Unnamed) => "application/grpc",
             (Form::Grpc | Form::GrpcWithoutTrailers, Codec::Proto) => "application/grpc+proto",
             (Form::Grpc | Form::GrpcWithoutTrailers, Codec::Json) => "application/grpc+json",
@@ -335,6 +355,24 @@ mod tests {
             }
         }
         assert!(!Dialect::of(&Request::new(())).is_grpc());
+    }
+
+    #[test]
+    fn an_answer_to_head_is_that_to_get_without_its_content() {
+        let get = ODD.response(Dialect::of(&Request::new(())));
+        let head = Request::head("/").body(()).expect("it is well-formed");
+        let head = Dialect::of(&head);
+        let answer = ODD.response(head);
+        assert_eq!((answer.status(), answer.body().len()), (get.status(), 0));
+        assert_eq!(answer.headers()["content-type"], get.headers()["content-type"]);
+        assert_eq!(answer.headers()["content-length"], get.body().len().to_string());
+
+        let mut known = Response::new(Bytes::from_static(b"of another"));
+        known.headers_mut().insert("content-length", 7.into());
+        let fit = head.fit(known.clone());
+        assert_eq!((&fit.headers()["content-length"], fit.body().len()), (&7.into(), 0));
+        assert!(head.fit(Response::new(Bytes::new())).headers().is_empty());
+        assert_eq!(Dialect::default().fit(known).body(), "of another");
     }
 
     #[test]

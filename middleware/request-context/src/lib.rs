@@ -100,6 +100,11 @@ pub struct RequestContextLayer<M, P = Http> {
 
 impl<M> RequestContextLayer<M> {
     /// A layer that adds what `make` makes of each request.
+    ///
+    /// # Panics
+    ///
+    /// The service, in its `call`, if `make` does: without the value there is nothing to serve the
+    /// request with. A layer that catches panics goes outside.
     pub const fn new(make: M) -> Self {
         Self { make, in_extensions: false, protocol: PhantomData }
     }
