@@ -680,7 +680,9 @@ impl<B: Body, W: Stop> ResponseBody<B, W> {
             return Poll::Pending;
         };
         let stopped = ready!(watched.watch.poll_stop(cx));
-        let is_last = || this.inner.as_ref().as_pin_ref().is_none_or(|inner| inner.is_end_stream());
+        let no_more = || this.inner.as_ref().as_pin_ref().is_none_or(|inner| inner.is_end_stream());
+        // A hint is not all that tells: see R6.
+        let is_last = || *this.left == 0 || no_more();
         if had_frame && is_last() {
             return Poll::Pending;
         }

@@ -182,6 +182,24 @@ fn the_last_frame_of_a_body_passes() {
 }
 
 #[test]
+fn the_last_bytes_by_content_length_pass_though_the_body_tells_no_end() {
+    for (frames, passes) in [([Some("hel"), Some("lo")], true), ([Some("he"), Some("lo")], false)] {
+        let test = Test::new(Stopped::TimedOut);
+        let mut response = Response::new(Script::new(&test, frames));
+        response.headers_mut().insert("content-length", 5.into());
+        let future: Ready<Answer> = ready(Ok(response));
+        let mut body = spawn(assert_ready_ok!(test.call(&get(), future).poll()).into_body());
+        assert!(!data(body.enter(|cx, body| body.poll_frame(cx))).is_empty());
+        test.signal.give();
+        let last = assert_ready!(body.enter(|cx, body| body.poll_frame(cx)));
+        assert_eq!(matches!(last, Some(Ok(_))), passes, "{last:?}");
+        drop(body);
+        let end = if passes { Completed } else { TimedOut };
+        assert_eq!(test.seen(), [Seen::BeforeDrop(end), Seen::Dropped, Seen::Ended(end)]);
+    }
+}
+
+#[test]
 fn what_a_body_ends_in_passes() {
     let trailers = Script { trailers: true, ..Script::default() };
     for (script, end, shown) in [
