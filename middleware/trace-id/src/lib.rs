@@ -309,8 +309,9 @@ where
         }
         let trust = call("trust", || layer.trust.choose_trust(&request)).unwrap_or_default();
         let place = layer.begin(&outer, request.headers(), trust);
-        if let Some(own) = place.own.as_ref().filter(|_| in_extensions) {
-            request.extensions_mut().insert(own.clone());
+        if in_extensions {
+            // Of nested layers an outer one may have made it, without this choice.
+            request.extensions_mut().insert(place.own.as_ref().unwrap_or(&outer).clone());
         }
         let header = layer.trace_id_header.clone();
         ResponseFuture::new(place, header, || self.inner.call(request))

@@ -476,6 +476,22 @@ async fn behind_a_buffer_the_context_is_in_the_type_map() {
 }
 
 #[tokio::test]
+async fn of_nested_layers_an_inner_one_puts_the_context_of_the_outer_one_there() {
+    let inner = service_fn(|request: Request<()>| {
+        assert!(TraceContext::current().is_none(), "this is another task");
+        let context = request.extensions().get::<RequestContext>().unwrap();
+        assert_eq!(context.get::<TraceId>().unwrap().to_string(), TRACE);
+        async { Ok::<_, Infallible>(Response::new(EmptyBody::new())) }
+    });
+    let service = ServiceBuilder::new()
+        .layer(behind_a_gateway())
+        .layer(TraceIdLayer::new().in_extensions())
+        .buffer(1)
+        .service(inner);
+    service.oneshot(request(&[("traceparent", SAMPLED)])).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_plain_service_has_a_trace_for_each_call() {
     let recorder = Recorder::default();
     let _installed = recorder.install();
