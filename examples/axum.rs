@@ -378,7 +378,8 @@ async fn serve(settings: Settings) -> Result<(Report, TaskRegistry), Box<dyn Err
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, settings.port)).await?;
     println!("listening on http://{}", listener.local_addr()?);
     let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.signalled());
-    Ok((shutdown.run(server).await?, app.tasks))
+    let report = shutdown.run(server).await.unwrap_or_else(|error| error.exit());
+    Ok((report, app.tasks))
 }
 
 #[tokio::main]

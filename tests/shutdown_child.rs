@@ -1,5 +1,6 @@
 //! A process to shut down, for the tests of the shutdown: what it does is its first argument, its
-//! budget in milliseconds the second, and what it prints is the report.
+//! budget in milliseconds the second, and what it prints is the report. With a third one its log
+//! panics.
 
 #![expect(clippy::print_stdout, reason = "it is a program")]
 
@@ -8,7 +9,9 @@ use std::{
     env,
     future::{self, pending},
     io::Write,
+    pin::Pin,
     sync::mpsc,
+    task::Poll,
     thread,
     time::Duration,
 };
@@ -19,17 +22,22 @@ use http_body_util::Full;
 use tokio::time::sleep;
 use tower::{Service, ServiceBuilder, service_fn};
 use tower_response_end::hold;
-use tower_tasks::{AtEnd, Shutdown, TaskRegistry, TaskSet, TaskSetLayer};
+use tower_tasks::{AtEnd, Shutdown, TaskRegistry, TaskSet, TaskSetLayer, shutdown::RunError};
+use tracing_subscriber::{
+    layer::{Context, SubscriberExt},
+    util::SubscriberInitExt,
+};
 
 /// Long enough for what comes to its end by itself.
 const SOON: Duration = Duration::from_millis(20);
 
 fn main() {
     // Its lines tell how far it has come.
-    tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();
+    let log = tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).finish();
     let mut args = env::args().skip(1);
     let what = args.next().expect("what to do");
     let budget = args.next().and_then(|budget| budget.parse().ok()).expect("a budget");
+    log.with(args.next().map(|_| Panics)).init();
     let threads = if what == "current_thread" { 1 } else { 2 };
     let mut runtime = if threads == 1 {
         tokio::runtime::Builder::new_current_thread()
@@ -40,25 +48,73 @@ fn main() {
     runtime.block_on(run(&what, Duration::from_millis(budget)));
 }
 
+/// Whatever the shutdown says.
+struct Panics;
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Panics {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        assert!(!event.metadata().target().starts_with("tower_shutdown"), "the log panics");
+    }
+}
+
 async fn run(what: &str, budget: Duration) {
     let tasks = TaskRegistry::new();
     let shutdown = Shutdown::new(budget).tasks(&tasks);
+    match what {
+        "failed" => {
+            ready();
+            failed(&shutdown).await.exit()
+        }
+        "gone" => {
+            let error = failed(&shutdown).await;
+            drop((shutdown, error));
+            ready();
+            return pending().await;
+        }
+        "one_of_two_gone" => {
+            drop(failed(&shutdown).await);
+            drop(shutdown);
+            let shutdown = Shutdown::new(budget).tasks(&tasks);
+            return serve(what, &shutdown).await;
+        }
+        "unpolled" => {
+            let signalled = shutdown.signalled();
+            let finish = async {
+                signalled.await;
+                shutdown.finish().await
+            };
+            drop(tasks.spawn("task", sleep(SOON)));
+            let mut finish = std::pin::pin!(finish);
+            poll_once(finish.as_mut()).await;
+            ready();
+            // It is polled until it drains, and then something else is more important.
+            while !shutdown.watch().is_draining() {
+                poll_once(finish.as_mut()).await;
+                sleep(Duration::from_millis(1)).await;
+            }
+            sleep(budget + Duration::from_secs(3)).await;
+            println!("goes on");
+            return;
+        }
+        _ => {}
+    }
     // Dropped by what is to run before the signal comes.
     let (runs, running) = mpsc::channel::<()>();
     start(what, &tasks, &shutdown, &runs);
     drop(runs);
     // On this thread, which is not a worker.
     let _ = running.recv();
+    serve(what, &shutdown).await;
+}
 
+async fn serve(what: &str, shutdown: &Shutdown) {
     let signalled = shutdown.signalled();
     let by_itself = what == "by_itself";
     let server = async move {
         let mut signalled = std::pin::pin!(signalled);
         // Signals are listened to from its first poll on.
-        let poll = future::poll_fn(|cx| std::task::Poll::Ready(signalled.as_mut().poll(cx)));
-        let _ = poll.await;
-        println!("ready");
-        std::io::stdout().flush()?;
+        poll_once(signalled.as_mut()).await;
+        ready();
         if !by_itself {
             signalled.await;
         }
@@ -67,6 +123,20 @@ async fn run(what: &str, budget: Duration) {
     let report = shutdown.run(server).await.expect("it serves");
     println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
     report.exit()
+}
+
+fn ready() {
+    println!("ready");
+    std::io::stdout().flush().expect("somebody reads it");
+}
+
+async fn poll_once<F: Future>(mut future: Pin<&mut F>) {
+    let _ = future::poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await;
+}
+
+async fn failed(shutdown: &Shutdown) -> RunError<std::io::Error> {
+    let server = future::ready(Err::<(), _>(std::io::Error::other("the port is taken")));
+    shutdown.run(server).await.expect_err("the server has failed")
 }
 
 /// What is there when the signal comes.

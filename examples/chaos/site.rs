@@ -293,7 +293,7 @@ impl Site {
                 of_grpc.map_err(io::Error::other)
             };
             let report = Box::pin(shutdown.run(both)).await;
-            report.map_err(|error| run.differs(format!("the shutdown: {error}"))).ok()
+            report.map_err(|error| run.differs(format!("the shutdown: {error:?}"))).ok()
         });
         *lock(&site.server) = Some(server);
         Ok(site)

@@ -38,8 +38,13 @@ struct Ended {
 
 impl Process {
     fn start(what: &str, budget: Duration) -> Self {
+        Self::start_with(what, budget, &[])
+    }
+
+    fn start_with(what: &str, budget: Duration, more: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_shutdown_child"))
             .args([what, &budget.as_millis().to_string()])
+            .args(more)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -239,4 +244,63 @@ fn a_runtime_whose_only_thread_is_taken_is_reported_all_the_same() {
     }
     println!("{:?} from the signal to the end of the process", ended.took);
     assert!(ended.took > Duration::from_secs(1));
+}
+
+#[test]
+fn a_log_that_panics_stops_neither_the_shutdown_nor_the_thread_that_listens() {
+    let ended = Process::start_with("task", Duration::from_secs(600), &["panics"]).terminate();
+    assert_eq!((forced(&ended.report()).len(), ended.code), (0, Some(0)));
+    assert!(ended.log.contains("the log panics"), "{}", ended.log);
+
+    let mut process = Process::start_with("thrice", Duration::from_secs(600), &["panics"]);
+    process.signal(SIGTERM);
+    process.logged("shutting down");
+    process.signal(SIGTERM);
+    let ended = process.wait(Instant::now());
+    assert_eq!((forced(&ended.report()).len(), ended.code), (2, Some(1)));
+
+    let stuck = Process::start_with("current_thread", Duration::from_millis(100), &["panics"]);
+    assert_eq!(stuck.terminate().code, Some(1), "from the thread that listens");
+}
+
+#[test]
+fn a_third_signal_exits_though_the_log_panics() {
+    let mut process = Process::start_with("current_thread", Duration::from_secs(600), &["panics"]);
+    process.signal(SIGTERM);
+    process.logged("takes the thread");
+    process.signal(SIGTERM);
+    // It is written, and then it panics.
+    process.logged("cut short");
+    process.signal(SIGTERM);
+    assert_eq!(process.wait(Instant::now()).code, Some(143));
+}
+
+#[test]
+fn a_finish_that_is_not_polled_does_not_end_the_process() {
+    let ended = Process::start("unpolled", Duration::from_millis(100)).terminate();
+    assert_eq!((&*ended.out, ended.code), ("goes on\n", Some(0)), "{}", ended.log);
+}
+
+#[test]
+fn a_server_that_fails_ends_the_process_with_its_error_and_the_report() {
+    let ended = Process::start("failed", Duration::from_secs(600)).wait(Instant::now());
+    assert_eq!(ended.code, Some(1));
+    let line = ended.log.lines().last().unwrap();
+    assert!(line.contains("the server has failed: the port is taken; shut down in"), "{line}");
+}
+
+#[test]
+fn a_signal_ends_a_process_whose_shutdown_is_gone() {
+    for (signal, code) in [(SIGTERM, 143), (SIGINT, 130)] {
+        let process = Process::start("gone", Duration::from_secs(600));
+        process.signal(signal);
+        assert_eq!(process.wait(Instant::now()).code, Some(code));
+    }
+}
+
+#[test]
+fn a_signal_is_for_the_shutdown_that_is_there_and_not_for_one_that_is_gone() {
+    let ended = Process::start("one_of_two_gone", Duration::from_secs(600)).terminate();
+    assert_eq!(ended.code, Some(0), "{}", ended.log);
+    assert!(ended.report()["server_ended"].as_bool().unwrap());
 }

@@ -8,7 +8,11 @@ use std::{
     io,
     pin::pin,
     process,
-    sync::{Arc, Weak, mpsc},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+        mpsc,
+    },
     task::Poll,
     thread,
     time::{Duration, Instant},
@@ -16,14 +20,21 @@ use std::{
 
 use tokio::{runtime, sync::Notify};
 
-use crate::{signals::Signals, state::State};
+use crate::{
+    signals::Signals,
+    state::{State, say},
+};
 
 /// How often it makes the shutdown look at the clock, once that has begun.
 const TICK: Duration = Duration::from_millis(50);
 /// So long after its end, a shutdown that does not even look is taken for stuck.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Starts it, and returns when signals are listened to. It is gone when the state is.
+/// How many listen to signals for a shutdown that there is: of the whole process, as signals are.
+static LISTENING: AtomicUsize = AtomicUsize::new(0);
+
+/// Starts it, and returns when signals are listened to. It is gone when the state is, unless it
+/// listens: nobody else would hear a signal any more.
 pub(crate) fn start(state: &Arc<State>, with_signals: bool) -> io::Result<()> {
     let keeper = Keeper { state: Arc::downgrade(state), woken: state.woken.clone() };
     let (tell, told) = mpsc::sync_channel(1);
@@ -33,10 +44,11 @@ pub(crate) fn start(state: &Arc<State>, with_signals: bool) -> io::Result<()> {
             Err(error) => return drop(tell.send(Err(error))),
         };
         let entered = runtime.enter();
-        let signals = with_signals.then(Signals::listen).transpose();
+        let signals = if with_signals { Signals::listen() } else { Ok(None) };
         drop(entered);
         match signals {
             Ok(signals) => {
+                LISTENING.fetch_add(signals.is_some().into(), Relaxed);
                 drop(tell.send(Ok(())));
                 runtime.block_on(keeper.run(signals));
             }
@@ -54,11 +66,16 @@ struct Keeper {
 impl Keeper {
     async fn run(self, mut signals: Option<Signals>) {
         let mut pace = Pace::default();
+        let mut unheard = None;
         while let Some(state) = self.state.upgrade() {
             let ticks = state.is_driven();
             if ticks {
                 state.tell();
+            }
+            if state.is_run() {
                 pace.look(&state);
+            } else {
+                pace = Pace::default();
             }
             // Only a handle may keep it alive while this waits.
             drop(state);
@@ -75,9 +92,30 @@ impl Keeper {
                 Poll::Pending
             })
             .await;
-            if let (Some(number), Some(state)) = (signal, self.state.upgrade()) {
-                obey(&state, number);
+            match self.state.upgrade() {
+                Some(state) => signal.into_iter().for_each(|number| obey(&state, number)),
+                None => unheard = signal,
             }
+        }
+        if let Some(signals) = signals {
+            LISTENING.fetch_sub(1, Relaxed);
+            outlive(signals, unheard).await;
+        }
+    }
+}
+
+/// The shutdown is gone, and the process goes on. What listened to a signal once keeps it from
+/// ending the process for ever, so that is done here.
+async fn outlive(mut signals: Signals, mut unheard: Option<i32>) {
+    loop {
+        let number = match unheard.take() {
+            Some(number) => number,
+            None => poll_fn(|cx| signals.poll_next(cx)).await,
+        };
+        // Else it is for another shutdown.
+        if LISTENING.load(Relaxed) == 0 {
+            say(|| tracing::warn!(signal = number, "no shutdown is left: the process exits"));
+            process::exit(128 + number);
         }
     }
 }
@@ -89,13 +127,13 @@ fn obey(state: &State, signal: i32) {
         }
         2 => state.hurry(),
         _ => {
-            tracing::error!(signal, "third signal: the process exits, whatever goes on");
+            say(|| tracing::error!(signal, "third signal: the process exits, whatever goes on"));
             process::exit(128 + signal);
         }
     }
 }
 
-/// Whether the shutdown goes on.
+/// Whether a shutdown that is run goes on.
 #[derive(Default)]
 struct Pace {
     beats: usize,
@@ -104,15 +142,58 @@ struct Pace {
 
 impl Pace {
     fn look(&mut self, state: &State) {
-        let beats = state.beats();
-        if self.beats != beats || self.since.is_none() {
-            self.beats = beats;
-            self.since = Some(Instant::now());
-        }
-        let is_stuck = self.since.is_some_and(|since| since.elapsed() > PATIENCE);
-        if is_stuck && state.is_overdue_by(PATIENCE) {
-            tracing::error!("the runtime is stuck: the shutdown is reported from another thread");
+        let stands_still = self.stands_still(state.beats(), Instant::now());
+        if stands_still && state.is_overdue_by(PATIENCE) {
+            say(|| {
+                tracing::error!(
+                    "the runtime is stuck: the shutdown is reported from another thread"
+                );
+            });
             state.report(false).exit();
         }
+    }
+
+    fn stands_still(&mut self, beats: usize, now: Instant) -> bool {
+        if self.beats != beats || self.since.is_none() {
+            self.beats = beats;
+            self.since = Some(now);
+        }
+        self.since.is_some_and(|since| now.saturating_duration_since(since) > PATIENCE)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_comes_after_another_has_its_time_from_its_own_beginning_on() {
+        let state = State::new(Duration::ZERO);
+        state.begin();
+        let (mut pace, mut now) = (Pace::default(), Instant::now());
+        let given_up = state.driver(true);
+        assert!(!pace.stands_still(state.beats(), now));
+        now += 2 * PATIENCE;
+        assert!(pace.stands_still(state.beats(), now), "it is not polled");
+        drop(given_up);
+        assert!(!state.is_run());
+        // Not polled yet, and the keeper has not looked in between.
+        let _again = state.driver(true);
+        assert!(!pace.stands_still(state.beats(), now));
+    }
+
+    #[test]
+    fn only_one_that_runs_is_asked_for_its_beat() {
+        let state = State::new(Duration::ZERO);
+        state.begin();
+        let finishes = state.driver(false);
+        assert!(state.is_driven() && !state.is_run());
+        let runs = state.driver(true);
+        assert!(state.is_run());
+        let beats = state.beats();
+        finishes.beat();
+        assert_eq!(state.beats(), beats, "it does not speak for the other");
+        runs.beat();
+        assert_eq!(state.beats(), beats + 1);
     }
 }

@@ -8,11 +8,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, StatusCode, Version, header, request::Parts};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
-use tower_catch_unwind::call;
+use tower_catch_unwind::{call, short_method};
 use tower_layer::Layer;
 use tower_request_context::{Dialect, RequestContext};
 use tower_response_end::{
@@ -93,7 +93,7 @@ impl ShutdownLayer {
     }
 
     fn name<B>(&self, request: Request<B>, dialect: Dialect) -> (Name, Request<B>) {
-        let method = request.method().clone();
+        let method = short_method(request.method());
         let (route, request) = match &self.route {
             None => (None, request),
             Some(route) => {
@@ -171,7 +171,10 @@ where
         let (asked, dialect) = (Asked::of(&request), Dialect::of(&request));
         let (name, mut request) = self.layer.name(request, dialect);
         let in_flight = InFlight::enter(state, name);
-        let closes = (request.version() < Version::HTTP_2).then(|| state.clone());
+        let closes = (request.version() < Version::HTTP_2).then(|| Closes {
+            state: state.clone(),
+            connects: *request.method() == Method::CONNECT,
+        });
         if self.layer.in_extensions {
             request.extensions_mut().insert(ShutdownWatch::new(state.clone()));
         }
@@ -212,9 +215,25 @@ pin_project! {
     pub struct ResponseFuture<F, P = Http> {
         #[pin]
         inner: StoppableFuture<Admitted<F>, InFlight, P>,
-        // Whose connection is to be closed after a response during the drain; over HTTP/2 the host
-        // sends a GOAWAY.
-        closes: Option<Arc<State>>,
+        // Over HTTP/2 the host sends a GOAWAY.
+        closes: Option<Closes>,
+    }
+}
+
+/// The connection is to be closed after a response during the drain.
+#[derive(Debug)]
+struct Closes {
+    state: Arc<State>,
+    /// It is asked to become a tunnel.
+    connects: bool,
+}
+
+impl Closes {
+    /// Whether this is a response, and not the beginning of something else on its connection.
+    fn after(&self, status: StatusCode) -> bool {
+        self.state.is_draining()
+            && status != StatusCode::SWITCHING_PROTOCOLS
+            && !(self.connects && status.is_success())
     }
 }
 
@@ -228,11 +247,11 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let mut output = ready!(this.inner.poll(cx));
-        if let (Some(state), Ok(response)) = (this.closes, &mut output) {
-            if state.is_draining() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                response
-                    .headers_mut()
-                    .insert(header::CONNECTION, HeaderValue::from_static("close"));
+        if let (Some(closes), Ok(response)) = (this.closes, &mut output) {
+            if closes.after(response.status()) {
+                // A full map takes no more. What the inner service says of its connection stays.
+                let close = HeaderValue::from_static("close");
+                drop(response.headers_mut().try_append(header::CONNECTION, close));
             }
         }
         Poll::Ready(output.map(|response| response.map(|inner| ResponseBody { inner })))

@@ -56,7 +56,7 @@
 //! | drain | after the [settle delay](Shutdown::settle), none by default | the server stops accepting; work outside of requests is refused; [`draining`](ShutdownWatch::draining) is ready |
 //! | cancel | the [grace](Shutdown::grace) before the deadline | requests end: 503 or gRPC status 14 before the head, an error or trailers after it. Tasks are told to end, for [`Cause::Shutdown`](tower_task_set::Cause::Shutdown). No spawn and no request is accepted |
 //! | abort | at the deadline | graceful tasks have no grace any more |
-//! | over | 100 ms later, or up to a second while tasks become fewer | the report; the server is dropped |
+//! | over | 100 ms later, or up to a second while requests and tasks become fewer | the report; the server is dropped |
 //!
 //! What is done is over at once: in the drain, requests in flight are waited for, then their tasks
 //! and those that are kept, as long as any part of the budget is left. Requests in flight and their
@@ -105,17 +105,22 @@
 //!
 //! # Cancellation
 //!
-//! Dropping a [`Shutdown`], its layer or a watch changes nothing. A response that is dropped counts
-//! as completed: its client has left.
+//! Dropping a [`Shutdown`], its layer or a watch changes nothing. When all of them are gone, the
+//! signals that were listened to end the process again. A response that is dropped counts as
+//! completed: its client has left.
 //!
 //! # Runtimes
 //!
 //! [`run`](Shutdown::run), [`finish`](Shutdown::finish) and [`signalled`](Shutdown::signalled) start
 //! one thread, which listens to signals and wakes the shutdown 20 times a second while it goes on:
 //! so a task that never yields, which may keep the runtime's own driver from running, cannot hold it
-//! up. Without a time driver that thread alone keeps the time; a settle delay then needs `run`.
-//! If all threads of a runtime are blocked, `run` is not polled: then that thread makes the report
-//! and exits the process.
+//! up. If all threads of a runtime are blocked, `run` is not polled: then that thread makes the
+//! report and exits the process.
+//!
+//! Without a time driver that thread alone keeps the time; a settle delay then needs `run`. A runtime
+//! cannot be asked for one: if there is anything to wait for, one panic of tokio's is seen by the
+//! panic hook, and goes no further. Under `panic = "abort"` it ends the process: there, the runtime
+//! needs `enable_time`.
 //!
 //! # Differences from axum's, tonic's and hyper-util's own graceful shutdown
 //!

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 /// How long destructors have after the end of the budget, and after a second signal.
 const LAST: Duration = Duration::from_millis(100);
 const LAST_IN_A_HURRY: Duration = Duration::from_millis(50);
-/// And each time that they have become fewer, for there may be very many; and at most.
+/// And each time that requests and tasks have become fewer, for there may be very many; and at most.
 const LAST_MORE: Duration = Duration::from_millis(25);
 const LAST_MAX: Duration = Duration::from_secs(1);
 /// The time of graceful tasks to end once they are told, unless chosen otherwise: a fifth of the

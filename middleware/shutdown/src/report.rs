@@ -1,9 +1,13 @@
 #![cfg_attr(feature = "serde", expect(clippy::ref_option_ref, reason = "serde makes it"))]
 
-use std::{borrow::Cow, collections::BTreeMap, fmt, panic::Location, process, time::Duration};
+use std::{
+    borrow::Cow, cmp::Reverse, collections::BTreeMap, fmt, panic::Location, process, time::Duration,
+};
 
 use tower_request_context::TraceId;
 use tower_task_set::{Counts, Outcome};
+
+use crate::state::say;
 
 /// What a shutdown has found, and what it had to force.
 #[derive(Clone, Debug)]
@@ -41,8 +45,12 @@ impl Report {
     ///
     /// To return from `main` instead would drop the runtime, which waits for threads that are stuck
     /// for ever.
+    ///
+    /// Nothing of `main` is dropped by this. A log or a telemetry that is written by another thread
+    /// may lose this last line: then log the report yourself, flush, and call
+    /// `std::process::exit(report.exit_code())`.
     pub fn exit(self) -> ! {
-        self.log();
+        say(|| self.log());
         process::exit(self.exit_code())
     }
 
@@ -57,7 +65,8 @@ impl Report {
 
 impl fmt::Display for Report {
     /// Some lines, the first of which says all in figures. What was forced is grouped by name,
-    /// place and outcome, with the oldest and its trace id.
+    /// place and outcome, with the oldest and its trace id: the 20 largest groups, as it may be a
+    /// client who chooses the names. [`forced`](Self::forced) has all.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { requests, drained, .. } = self;
         write!(f, "shut down in {:.3} s of ", self.took.as_secs_f64())?;
@@ -69,8 +78,14 @@ impl fmt::Display for Report {
         if !self.server_ended {
             f.write_str("; the server had connections left")?;
         }
-        for group in Group::all(&self.forced) {
+        let mut groups = Group::all(&self.forced);
+        let others = groups.split_off(groups.len().min(Group::SHOWN));
+        for group in groups {
             write!(f, "\n  {group}")?;
+        }
+        if !others.is_empty() {
+            let count: usize = others.iter().map(|group| group.count).sum();
+            write!(f, "\n  and {count} more, in {} groups", others.len())?;
         }
         Ok(())
     }
@@ -228,7 +243,11 @@ struct Group<'a> {
 }
 
 impl<'a> Group<'a> {
-    fn all(forced: &'a [Forced]) -> impl Iterator<Item = Self> {
+    /// So many have a line.
+    const SHOWN: usize = 20;
+
+    /// The largest first.
+    fn all(forced: &'a [Forced]) -> Vec<Self> {
         let mut groups = BTreeMap::<_, Self>::new();
         for forced in forced {
             let site = forced.site.map(|site| (site.file(), site.line(), site.column()));
@@ -241,7 +260,9 @@ impl<'a> Group<'a> {
                 group.oldest = forced;
             }
         }
-        groups.into_values()
+        let mut groups: Vec<_> = groups.into_values().collect();
+        groups.sort_by_key(|group| Reverse(group.count));
+        groups
     }
 }
 

@@ -175,6 +175,7 @@ impl Request {
 pub(crate) enum Name {
     /// The call of a plain service.
     Call,
+    /// The method is a [short](tower_catch_unwind::short_method) one.
     Http(Method, Route),
 }
 
@@ -192,10 +193,8 @@ impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         /// Of a route; longer ones have no end.
         const MAX: usize = 256;
-        /// Of a method, which may be any token (RFC 9110, section 9.1).
-        const METHOD_MAX: usize = 16;
         let Self::Http(method, route) = self else { return f.write_str("call") };
-        method.as_str().chars().take(METHOD_MAX).try_for_each(|char| f.write_char(char))?;
+        f.write_str(method.as_str())?;
         let route = match route {
             Route::Named(name) => name,
             Route::Grpc(path) if is_grpc_method(path.path(), MAX) => path.path(),
@@ -222,10 +221,13 @@ fn is_grpc_method(path: &str, max: usize) -> bool {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use tower_catch_unwind::short_method;
+
     use super::*;
 
     fn name(method: &str, route: Route) -> String {
-        Name::Http(method.parse().expect("it is a token"), route).to_string()
+        let method = method.parse().expect("it is a token");
+        Name::Http(short_method(&method), route).to_string()
     }
 
     fn grpc(path: &str) -> String {
@@ -235,7 +237,7 @@ mod tests {
     #[test]
     fn a_name_has_no_byte_of_a_stranger_but_such_as_name_a_method() {
         assert_eq!(name("GET", Route::Unknown), "GET");
-        assert_eq!(name(&"M".repeat(999), Route::Unknown), "M".repeat(16));
+        assert_eq!(name(&"M".repeat(300_000), Route::Unknown), "OTHER");
         assert_eq!(Name::Call.to_string(), "call");
         for path in ["/orders.v1.Orders/Watch", "/Orders/watch_all"] {
             assert_eq!(grpc(path), format!("POST {path}"));

@@ -2,8 +2,9 @@ use std::{
     error::Error,
     fmt,
     future::{self, poll_fn},
-    io,
+    io, iter,
     pin::{Pin, pin},
+    process,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -16,7 +17,7 @@ use tower_task_set::TaskRegistry;
 use crate::{
     PlanError, Report, ShutdownLayer, ShutdownWatch,
     plan::{Course, Phase},
-    state::State,
+    state::{Left, State, say},
 };
 
 /// How often a shutdown that waits says so.
@@ -51,6 +52,10 @@ impl Shutdown {
             settings.registries.push(registry.clone());
         }
         drop(settings);
+        // Who drains reads the list after it says so.
+        if self.0.is_draining() {
+            registry.begin_drain();
+        }
         self
     }
 
@@ -144,13 +149,18 @@ impl Shutdown {
     /// ends by itself starts the shutdown too.
     ///
     /// A second signal cuts the shutdown short: what would come at the deadline comes at once. A
-    /// third exits the process, with 128 and the number of the signal. So does a runtime that is so
-    /// stuck that this is not even polled for a second after the budget, with the report's code.
+    /// third exits the process, with 128 and the number of the signal. The report's code ends it if
+    /// the runtime is so stuck that this is not even polled for a second after the budget: do not
+    /// keep it without polling it.
+    ///
+    /// When this and all other handles are gone, and the process goes on, a signal ends it again, as
+    /// if it had come third.
     ///
     /// # Errors
     ///
     /// [`RunError`]: before it serves, if the plan does not fit or signals cannot be listened to; and
-    /// when all is done, if the server has ended with an error.
+    /// when all is done, if the server has ended with an error. Its [`exit`](RunError::exit) ends the
+    /// process.
     ///
     /// # Panics
     ///
@@ -167,7 +177,7 @@ impl Shutdown {
         self.check().map_err(RunError::Plan)?;
         self.0.keep().map_err(RunError::Signals)?;
         let server = pin!(server.into_future());
-        let (report, ended) = self.drive(Server::Serves(server)).await;
+        let (report, ended) = self.drive(Server::Serves(server), true).await;
         match ended {
             Some(Err(error)) => Err(RunError::Server { error, report: Box::new(report) }),
             Some(Ok(_)) | None => Ok(report),
@@ -176,6 +186,8 @@ impl Shutdown {
 
     /// Drains now, for hosts that are driven by hand: when they accept nothing more. Returns when
     /// requests and tasks are done, or the budget is spent.
+    ///
+    /// It never ends the process, also if it is not polled: that only [`run`](Self::run) does.
     ///
     /// Connections are the host's: it has to tell them to end, and to drop them afterwards. Not at
     /// once: a request is done when its response was handed to its connection, which has to write
@@ -190,19 +202,24 @@ impl Shutdown {
         }
         self.0.begin();
         let server = Server::<future::Ready<()>>::Ended(None);
-        self.drive(server).await.0
+        self.drive(server, false).await.0
     }
 
-    async fn drive<F: Future>(&self, mut server: Server<'_, F>) -> (Report, Option<F::Output>) {
+    /// One that `runs` the shutdown is taken for stuck if it is not polled any more.
+    async fn drive<F: Future>(
+        &self,
+        mut server: Server<'_, F>,
+        runs: bool,
+    ) -> (Report, Option<F::Output>) {
         let state = &*self.0;
-        let _driver = state.driver();
+        let driver = state.driver(runs);
         let mut course = None;
         let mut alarm = Alarm::new();
         let mut left = pin!(self.left());
         let mut pulse = Box::pin(state.pulse());
         let mut still = 0;
         let report = poll_fn(|cx| {
-            state.beat();
+            driver.beat();
             // Made anew before anything is looked at: what comes after that is not missed.
             while pulse.as_mut().poll(cx).is_ready() {
                 pulse.set(state.pulse());
@@ -224,11 +241,11 @@ impl Shutdown {
             }
             loop {
                 if course.phase() == Phase::Aborting && course.end().is_some_and(|end| end <= now) {
-                    let tasks = state.left().1;
-                    if tasks > 0 && tasks < still {
+                    let left = state.left().sum();
+                    if left > 0 && left < still {
                         course.go_on(now);
                     }
-                    still = tasks;
+                    still = left;
                 }
                 let is_draining = course.phase() >= Phase::Draining;
                 let done = is_draining && server.has_ended() && left.as_mut().poll(cx).is_ready();
@@ -241,7 +258,7 @@ impl Shutdown {
                         state.abort();
                         // To tell very many takes a while too.
                         course.go_on(Instant::now());
-                        still = state.left().1;
+                        still = state.left().sum();
                     }
                     // Before the server is dropped: what goes with it was not done.
                     Some(Phase::Over) => return Poll::Ready(state.over(server.has_ended())),
@@ -260,21 +277,31 @@ impl Shutdown {
     async fn left(&self) {
         self.0.roll.requests.close();
         self.0.roll.requests.idle().await;
-        let registries = self.0.registries();
-        for registry in &registries {
-            registry.idle().await;
-        }
-        for registry in &registries {
-            registry.close();
-            registry.wait().await;
+        let mut done = 0;
+        loop {
+            let registries = self.0.registries();
+            // None is taken away, but one may have been added meanwhile.
+            if registries.len() == done {
+                return;
+            }
+            for registry in &registries {
+                registry.idle().await;
+            }
+            for registry in &registries {
+                registry.close();
+                registry.wait().await;
+            }
+            done = registries.len();
         }
     }
 }
 
 impl fmt::Debug for Shutdown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not under the lock: the formatter is the code of others.
+        let settings = self.0.settings().clone();
         f.debug_struct("Shutdown")
-            .field("settings", &*self.0.settings())
+            .field("settings", &settings)
             .field("watch", &self.watch())
             .finish()
     }
@@ -325,9 +352,9 @@ impl Alarm {
             let now = Instant::now();
             if self.progress.is_some_and(|at| at <= now) {
                 self.progress = now.checked_add(PROGRESS);
-                let (requests, tasks) = state.left();
+                let Left { requests, tasks } = state.left();
                 let remaining = course.deadline().map(|at| at.saturating_duration_since(now));
-                tracing::info!(requests, tasks, ?remaining, "shutting down");
+                say(|| tracing::info!(requests, tasks, ?remaining, "shutting down"));
             }
             let next = course.end().into_iter().chain(self.progress).min();
             let Some(next) = next.filter(|_| !self.timeless) else { return };
@@ -372,12 +399,45 @@ pub enum RunError<E> {
     },
 }
 
-impl<E: fmt::Display> fmt::Display for RunError<E> {
+impl<E: Into<Box<dyn Error + Send + Sync>>> RunError<E> {
+    /// Logs it, with what caused it and the report if there is one, and ends the process with 1.
+    ///
+    /// To return it from `main` instead would drop the runtime, which waits for threads that are
+    /// stuck for ever. For a log that has to be flushed see [`Report::exit`].
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # use tower_shutdown::Shutdown;
+    /// # async fn serve() -> std::io::Result<()> { Ok(()) }
+    /// # #[tokio::main]
+    /// # async fn main() {
+    /// let shutdown = Shutdown::new(Duration::from_secs(25));
+    /// shutdown.run(serve()).await.unwrap_or_else(|error| error.exit()).exit()
+    /// # }
+    /// ```
+    pub fn exit(self) -> ! {
+        say(|| match self {
+            Self::Plan(error) => tracing::error!("{error}"),
+            Self::Signals(error) => tracing::error!("cannot listen to signals: {error}"),
+            Self::Server { error, report } => {
+                let error = error.into();
+                let causes =
+                    iter::successors(Some(&*error as _), |cause: &&dyn Error| (*cause).source());
+                let causes = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+                tracing::error!("the server has failed: {causes}; {report}");
+            }
+        });
+        process::exit(1)
+    }
+}
+
+/// Without what is its [`source`](Error::source).
+impl<E> fmt::Display for RunError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Plan(error) => error.fmt(f),
-            Self::Signals(error) => write!(f, "cannot listen to signals: {error}"),
-            Self::Server { error, report } => write!(f, "the server has failed: {error}; {report}"),
+            Self::Plan(_) => f.write_str("the plan of the shutdown does not fit"),
+            Self::Signals(_) => f.write_str("cannot listen to signals"),
+            Self::Server { report, .. } => write!(f, "the server has failed; {report}"),
         }
     }
 }

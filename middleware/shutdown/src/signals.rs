@@ -12,10 +12,10 @@ pub(crate) struct Signals([(tokio::signal::unix::Signal, i32); 2]);
 #[cfg(unix)]
 impl Signals {
     /// From now on they do no longer end the process. Within a runtime.
-    pub(crate) fn listen() -> io::Result<Self> {
+    pub(crate) fn listen() -> io::Result<Option<Self>> {
         use tokio::signal::unix::{SignalKind, signal};
         let listen = |kind: SignalKind| Ok::<_, io::Error>((signal(kind)?, kind.as_raw_value()));
-        Ok(Self([listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?]))
+        Ok(Some(Self([listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?])))
     }
 
     /// The number of the next one.
@@ -34,8 +34,8 @@ pub(crate) struct Signals(tokio::signal::windows::CtrlC);
 
 #[cfg(windows)]
 impl Signals {
-    pub(crate) fn listen() -> io::Result<Self> {
-        tokio::signal::windows::ctrl_c().map(Self)
+    pub(crate) fn listen() -> io::Result<Option<Self>> {
+        tokio::signal::windows::ctrl_c().map(|ctrl_c| Some(Self(ctrl_c)))
     }
 
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<i32> {

@@ -47,6 +47,8 @@ pub(crate) struct State {
     pub(crate) woken: Arc<Notify>,
     keeper: Mutex<bool>,
     drivers: AtomicUsize,
+    /// Of the drivers.
+    runs: AtomicUsize,
     beats: AtomicUsize,
 }
 
@@ -67,6 +69,19 @@ pub(crate) struct Begun {
     pub(crate) plan: Plan,
     requests: Reading,
     tasks: Counts,
+}
+
+/// What there is still to wait for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Left {
+    pub(crate) requests: u32,
+    pub(crate) tasks: usize,
+}
+
+impl Left {
+    pub(crate) fn sum(self) -> usize {
+        self.tasks.saturating_add(usize::try_from(self.requests).unwrap_or(usize::MAX))
+    }
 }
 
 impl State {
@@ -90,6 +105,7 @@ impl State {
             woken: Arc::default(),
             keeper: Mutex::new(false),
             drivers: AtomicUsize::new(0),
+            runs: AtomicUsize::new(0),
             beats: AtomicUsize::new(0),
         }
     }
@@ -129,9 +145,10 @@ impl State {
         };
         let (requests, tasks) = (begun.requests.in_flight, begun.tasks.live);
         if self.begun.set(begun).is_ok() {
-            tracing::info!(budget = ?plan.budget, requests, tasks, "shutting down");
+            // Before the log line, whose subscriber is the code of others.
             self.tell();
             self.woken.notify_one();
+            say(|| tracing::info!(budget = ?plan.budget, requests, tasks, "shutting down"));
         }
         self.begun.get().expect("it was set, now or by another")
     }
@@ -160,14 +177,16 @@ impl State {
     pub(crate) async fn settled(&self) {
         let begun = self.beginning().await;
         let settle = begun.plan.settle.min(begun.plan.budget);
-        let until = begun.at.checked_add(settle);
-        // Without a time driver whoever drives the shutdown sees to it.
-        let sleep = until.and_then(|until| catch(|| sleep_until(until)).ok());
-        let drained = self.draining.cancelled();
-        match sleep {
-            _ if settle.is_zero() => {}
-            Some(sleep) => first(sleep, drained).await,
-            None => drained.await,
+        // Nor is there a panic then for want of a time driver.
+        if !settle.is_zero() {
+            let until = begun.at.checked_add(settle);
+            // Without a time driver whoever drives the shutdown sees to it.
+            let sleep = until.and_then(|until| catch(|| sleep_until(until)).ok());
+            let drained = self.draining.cancelled();
+            match sleep {
+                Some(sleep) => first(sleep, drained).await,
+                None => drained.await,
+            }
         }
         self.drain();
     }
@@ -177,29 +196,32 @@ impl State {
         if self.draining.is_cancelled() {
             return;
         }
+        // Before the list is read: who adds to it looks at this afterwards.
+        self.is_draining.store(true, Relaxed);
         for registry in self.registries() {
             registry.begin_drain();
         }
         if self.settings().refuse_late {
             self.roll.requests.close();
         }
-        self.is_draining.store(true, Relaxed);
         self.draining.cancel();
     }
 
     pub(crate) fn is_draining(&self) -> bool {
-        // Relaxed: nothing hangs on it but a header.
+        // Relaxed: what must not miss it has the lock of the settings between.
         self.is_draining.load(Relaxed)
     }
 
     /// Requests and tasks are to end.
     pub(crate) fn cancel(&self) {
         self.roll.requests.close();
-        self.ending.give();
         for registry in self.registries() {
             registry.close();
             registry.cancel_all();
         }
+        // Last: of a request that ends first, the tasks would end for that, and be missing among
+        // those that were forced.
+        self.ending.give();
     }
 
     pub(crate) fn abort(&self) {
@@ -222,8 +244,8 @@ impl State {
     pub(crate) fn hurry(&self) {
         self.begin();
         if self.hurry.set(std::time::Instant::now()).is_ok() {
-            tracing::warn!("the shutdown is cut short");
             self.tell();
+            say(|| tracing::warn!("the shutdown is cut short"));
         }
     }
 
@@ -254,11 +276,16 @@ impl State {
         self.pulse.notified()
     }
 
-    /// Whoever has this drives the shutdown.
-    pub(crate) fn driver(&self) -> Driver<'_> {
+    /// Whoever has this drives the shutdown. One that `runs` it is taken for stuck if it does not
+    /// [beat](Driver::beat).
+    pub(crate) fn driver(&self, runs: bool) -> Driver<'_> {
+        let driver = Driver { state: self, runs };
+        // Before the keeper is woken, or it would find the beat of the last one.
+        driver.beat();
         self.drivers.fetch_add(1, Relaxed);
+        self.runs.fetch_add(runs.into(), Relaxed);
         self.woken.notify_one();
-        Driver(self)
+        driver
     }
 
     /// Whether it goes on, and somebody drives it.
@@ -266,8 +293,9 @@ impl State {
         self.has_begun() && self.drivers.load(Relaxed) > 0
     }
 
-    pub(crate) fn beat(&self) {
-        self.beats.fetch_add(1, Relaxed);
+    /// Whether one of those who drive it runs it.
+    pub(crate) fn is_run(&self) -> bool {
+        self.has_begun() && self.runs.load(Relaxed) > 0
     }
 
     pub(crate) fn beats(&self) -> usize {
@@ -283,9 +311,9 @@ impl State {
     }
 
     /// How many requests are in flight, and how many tasks live.
-    pub(crate) fn left(&self) -> (u32, usize) {
+    pub(crate) fn left(&self) -> Left {
         let tasks = self.registries().iter().map(TaskRegistry::len).sum();
-        (self.roll.requests.read().in_flight, tasks)
+        Left { requests: self.roll.requests.read().in_flight, tasks }
     }
 
     fn tasks(&self) -> Counts {
@@ -367,12 +395,29 @@ impl fmt::Debug for State {
 }
 
 /// Somebody drives the shutdown.
-pub(crate) struct Driver<'a>(&'a State);
+pub(crate) struct Driver<'a> {
+    state: &'a State,
+    runs: bool,
+}
+
+impl Driver<'_> {
+    /// It is polled. Of one that does not run the shutdown nobody asks for that.
+    pub(crate) fn beat(&self) {
+        self.state.beats.fetch_add(self.runs.into(), Relaxed);
+    }
+}
 
 impl Drop for Driver<'_> {
     fn drop(&mut self) {
-        self.0.drivers.fetch_sub(1, Relaxed);
+        self.state.drivers.fetch_sub(1, Relaxed);
+        self.state.runs.fetch_sub(self.runs.into(), Relaxed);
     }
+}
+
+/// Logs a line. A panic of the subscriber, which is the code of others, goes no further: the
+/// shutdown has to go on, and the keeper's thread to listen.
+pub(crate) fn say(log: impl FnOnce()) {
+    drop(catch(log));
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

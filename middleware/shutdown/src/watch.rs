@@ -54,8 +54,11 @@ impl ShutdownWatch {
     ///
     /// For bodies of unknown length: a feed of events, a long poll. The client takes what it has
     /// for all there was.
+    ///
+    /// What is ready then is handed out still, 16 frames of it at most: a body that always has one
+    /// would not end.
     pub fn until_draining<B>(&self, body: B) -> UntilDraining<B> {
-        UntilDraining { body, draining: self.draining(), over: false }
+        UntilDraining { body, watch: self.clone(), draining: self.draining(), left: LAST_FRAMES }
     }
 }
 
@@ -98,11 +101,17 @@ pin_project! {
     pub struct UntilDraining<B> {
         #[pin]
         body: B,
+        // Asked after each frame: next to nothing, which the other is not.
+        watch: ShutdownWatch,
         #[pin]
         draining: Draining,
-        over: bool,
+        // How many frames may still come. Of those, all that come before the drain are none.
+        left: u8,
     }
 }
+
+/// Of a body that is to end.
+const LAST_FRAMES: u8 = 16;
 
 impl<B: Body> Body for UntilDraining<B> {
     type Data = B::Data;
@@ -113,7 +122,7 @@ impl<B: Body> Body for UntilDraining<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let this = self.project();
-        if *this.over {
+        if *this.left == 0 {
             return Poll::Ready(None);
         }
         // First what there is: nothing that was ready is lost.
@@ -121,12 +130,16 @@ impl<B: Body> Body for UntilDraining<B> {
             Poll::Pending if this.draining.poll(cx).is_ready() => Poll::Ready(None),
             frame => frame,
         };
-        *this.over = matches!(frame, Poll::Ready(None));
+        if matches!(frame, Poll::Ready(None)) {
+            *this.left = 0;
+        } else if frame.is_ready() && this.watch.0.is_draining() {
+            *this.left -= 1;
+        }
         frame
     }
 
     fn is_end_stream(&self) -> bool {
-        self.over || self.body.is_end_stream()
+        self.left == 0 || self.body.is_end_stream()
     }
 
     // It may end before the inner body does: a length would be a promise.

@@ -4,10 +4,12 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
+    cell::Cell,
     convert::Infallible,
     error::Error,
+    fmt,
     future::{Future, pending, ready},
-    io,
+    io, panic,
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -18,7 +20,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, Version, header};
+use http::{HeaderName, Method, Request, Response, StatusCode, Version, header};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Full};
 use tokio::{
@@ -123,7 +125,8 @@ async fn a_server_that_ends_by_itself_starts_the_shutdown_and_its_error_comes_wi
     let error = failed.run(ready(Err::<(), _>(io::Error::other("no port")))).await.unwrap_err();
     let RunError::Server { report, .. } = &error else { panic!("{error}") };
     assert_eq!((report.took, report.drained.completed), (secs(3), 1));
-    assert!(error.to_string().contains("no port") && error.to_string().contains("1 completed"));
+    assert!(error.to_string().contains("1 completed"), "{error}");
+    assert!(!error.to_string().contains("no port"), "it is the source: {error}");
     assert_eq!(error.source().unwrap().to_string(), "no port");
 }
 
@@ -140,7 +143,9 @@ async fn a_plan_that_cannot_fit_is_an_error_before_anything_is_served() {
             served.store(true, SeqCst);
             Ok::<_, Infallible>(())
         };
-        match unfit.run(server).await.unwrap_err() {
+        let failed = unfit.run(server).await.unwrap_err();
+        assert_eq!(failed.source().unwrap().to_string(), error.to_string());
+        match failed {
             RunError::Plan(found) => assert_eq!(found, error),
             other => panic!("{other}"),
         }
@@ -414,6 +419,82 @@ fn a_runtime_that_goes_in_the_drain_takes_its_tasks_along_and_another_one_finish
     assert_adds_up(&report);
 }
 
+#[tokio::test(start_paused = true)]
+async fn requests_and_tasks_that_become_fewer_have_another_while() {
+    let tasks = TaskRegistry::new();
+    let shutdown = Shutdown::new(Duration::ZERO).without_signals().tasks(&tasks);
+    let layer = shutdown.layer();
+    // Not spawned: each is polled, and so ended, when the test says so.
+    let mut requests: Vec<_> = (0..8).map(|_| Box::pin(stuck_request(&layer))).collect();
+    for request in &mut requests {
+        assert!(poll_once(request.as_mut()).is_pending());
+    }
+    let mut finish = pin!(shutdown.finish());
+    assert!(poll_once(finish.as_mut()).is_pending());
+    let each = Duration::from_millis(20);
+    while let Some(mut request) = requests.pop() {
+        advance(each).await;
+        assert!(poll_once(finish.as_mut()).is_pending(), "{} are left", requests.len() + 1);
+        drop(poll_once(request.as_mut()));
+    }
+    let report = finish.await;
+    assert_eq!((report.requests.ended, report.requests.left), (8, 0), "{report}");
+    assert_eq!(report.took, each * 8);
+    assert_adds_up(&report);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_registry_that_is_added_during_the_drain_is_drained_and_waited_for() {
+    let [early, late] = [TaskRegistry::new(), TaskRegistry::new()];
+    let shutdown = shutdown().tasks(&early);
+    early.spawn("early", sleep(secs(2))).unwrap();
+    let finish = tokio::spawn({
+        let shutdown = shutdown.clone();
+        async move { shutdown.finish().await }
+    });
+    sleep(secs(1)).await;
+    late.spawn("late", sleep(secs(4))).unwrap();
+    drop(shutdown.tasks(&late));
+    assert_eq!(late.spawn("too late", async {}).unwrap_err().reason, SpawnError::Closed);
+    let report = finish.await.unwrap();
+    assert_eq!((report.took, report.drained.completed), (secs(5), 2), "{report}");
+    assert!(late.is_closed() && report.exit_code() == 0);
+}
+
+#[tokio::test]
+async fn the_tasks_of_a_request_that_is_ended_have_ended_for_the_shutdown() {
+    use tower_task_set::{AtEnd, Cause, TaskError};
+
+    let tasks = TaskRegistry::new();
+    let budget = Duration::from_millis(1);
+    let shutdown = Shutdown::new(budget).without_signals().tasks(&tasks);
+    let (tell, mut handles) = tokio::sync::mpsc::unbounded_channel();
+    let layers = ServiceBuilder::new().layer(shutdown.layer()).layer(TaskSetLayer::new(&tasks));
+    let mut requests = Vec::new();
+    for _ in 0..100 {
+        let tell = tell.clone();
+        let mut service = layers.service(service_fn(move |_: Request<()>| {
+            let set = TaskSet::current().unwrap();
+            let task = set.task("task").at_end(AtEnd::Cancel);
+            tell.send(task.spawn(pending::<()>()).unwrap()).unwrap();
+            pending::<Reply>()
+        }));
+        requests.push(tokio::spawn(service.call(Request::new(()))));
+    }
+    settle().await;
+    let report = shutdown.finish().await;
+    for request in requests {
+        assert_eq!(request.await.unwrap().unwrap().status(), StatusCode::SERVICE_UNAVAILABLE);
+    }
+    for _ in 0..100 {
+        let ended = handles.recv().await.unwrap().await.unwrap_err();
+        assert!(matches!(ended, TaskError::Cancelled(Cause::Shutdown)), "{ended:?}");
+    }
+    assert_eq!((report.requests.ended, report.drained.cancelled), (100, 100), "{report}");
+    assert_eq!(report.forced().len(), 200, "{report}");
+    assert_adds_up(&report);
+}
+
 #[test]
 fn begin_works_outside_of_a_runtime_and_nothing_happens_on_drop() {
     let tasks = TaskRegistry::new();
@@ -440,6 +521,74 @@ fn without_a_time_driver_its_own_thread_keeps_the_time() {
         assert!(report.took >= budget * 4 / 5, "{report}");
         assert_eq!(report.forced().len(), 1);
     });
+}
+
+#[test]
+fn without_a_time_driver_nothing_panics_unless_there_is_something_to_wait_for() {
+    thread_local! {
+        static SEEN: Cell<usize> = const { Cell::new(0) };
+    }
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        SEEN.set(SEEN.get() + 1);
+        hook(info);
+    }));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let shutdown = shutdown();
+    runtime.block_on(async {
+        shutdown.begin();
+        shutdown.run(server(&shutdown)).await.unwrap();
+    });
+    assert_eq!(SEEN.get(), 0);
+
+    let tasks = TaskRegistry::new();
+    let shutdown = Shutdown::new(Duration::ZERO).without_signals().tasks(&tasks);
+    runtime.block_on(async {
+        tasks.spawn("task", pending::<()>()).unwrap();
+        shutdown.finish().await;
+    });
+    assert_eq!(SEEN.get(), 1, "as it is documented");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subscriber_that_panics_stops_nothing() {
+    use tracing_subscriber::{
+        Layer, layer::Context, layer::SubscriberExt, util::SubscriberInitExt,
+    };
+
+    struct Panics;
+    impl<S: tracing::Subscriber> Layer<S> for Panics {
+        fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+            assert!(!event.metadata().target().starts_with("tower_shutdown"), "a subscriber");
+        }
+    }
+    let _default = tracing_subscriber::registry().with(Panics).set_default();
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks);
+    tasks.spawn("task", sleep(secs(5))).unwrap();
+    let mut run = pin!(shutdown.run(server(&shutdown)));
+    assert!(poll_once(run.as_mut()).is_pending());
+    shutdown.begin();
+    // With its lines of progress.
+    let report = run.await.unwrap();
+    assert_eq!((report.took, report.drained.completed), (secs(5), 1));
+}
+
+#[test]
+fn nothing_is_locked_while_it_is_shown() {
+    /// Asks for more of the same, as a formatter of others may.
+    struct Nested<'a>(&'a Shutdown, usize);
+    impl fmt::Write for Nested<'_> {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            self.1 += text.len();
+            assert_eq!(self.0.check(), Ok(()));
+            Ok(())
+        }
+    }
+    let shutdown = shutdown();
+    let mut nested = Nested(&shutdown, 0);
+    fmt::write(&mut nested, format_args!("{shutdown:?}")).unwrap();
+    assert!(nested.1 > 0);
 }
 
 // Requests
@@ -571,13 +720,57 @@ async fn a_handler_that_never_yields_is_named() {
             }
         }))
     };
-    let request = tokio::spawn(service.call(Request::post("/stuck").body(()).unwrap()));
+    let trace_id = TraceId::from_bytes([7; 16]).unwrap();
+    let started = Instant::now();
+    let request = RequestContext::new()
+        .with(trace_id)
+        .sync_scope(|| service.call(Request::post("/stuck").body(()).unwrap()));
+    let request = tokio::spawn(request);
     has_entered.recv().unwrap();
     let report = shutdown.finish().await;
     assert_eq!(report_of(&report), [(Kind::Request, "POST", None)]);
+    let stuck = &report.forced()[0];
+    assert_eq!(stuck.trace_id, Some(trace_id));
+    assert!(stuck.age >= report.took && stuck.age <= started.elapsed(), "{stuck:?}");
     assert_adds_up(&report);
     drop(leave);
     request.await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_the_connection_is_added_to_what_the_response_says_of_it() {
+    let shutdown = shutdown();
+    shutdown.begin();
+    let mut run = pin!(shutdown.run(pending::<Result<(), Infallible>>()));
+    assert!(poll_once(run.as_mut()).is_pending());
+    assert!(shutdown.watch().is_draining());
+    let answer = async |method: Method, status: StatusCode, fill: bool| {
+        let mut service = shutdown.layer().layer(service_fn(move |_: Request<()>| {
+            let mut response = Response::new(Full::<Bytes>::default());
+            *response.status_mut() = status;
+            let headers = response.headers_mut();
+            headers.insert(header::CONNECTION, "x-hop".parse().unwrap());
+            if fill {
+                let name = |index: usize| format!("x-{index}").parse::<HeaderName>().unwrap();
+                let fills = |index| headers.try_insert(name(index), "x".parse().unwrap()).is_err();
+                (0..100_000).position(fills).unwrap();
+                headers.remove(header::CONNECTION);
+                headers.try_insert("x-last", "x".parse().unwrap()).unwrap();
+            }
+            ready(Reply::Ok(response))
+        }));
+        let request = Request::builder().method(method).uri("/").body(()).unwrap();
+        let response = service.call(request).await.unwrap();
+        let values = response.headers().get_all(header::CONNECTION).iter();
+        values.map(|value| value.to_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let (ok, switching) = (StatusCode::OK, StatusCode::SWITCHING_PROTOCOLS);
+    let refused = StatusCode::FORBIDDEN;
+    assert_eq!(answer(Method::GET, ok, false).await, ["x-hop", "close"]);
+    assert_eq!(answer(Method::CONNECT, refused, false).await, ["x-hop", "close"]);
+    assert_eq!(answer(Method::CONNECT, ok, false).await, ["x-hop"], "it is a tunnel now");
+    assert_eq!(answer(Method::GET, switching, false).await, ["x-hop"]);
+    assert!(answer(Method::GET, ok, true).await.is_empty(), "there is no place for it");
 }
 
 /// A body with a first frame, and no end.
@@ -802,6 +995,34 @@ async fn a_handler_finds_the_watch_in_the_type_map_if_so_chosen() {
     }
 }
 
+/// A body that is always ready.
+struct Fast;
+
+impl Body for Fast {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"tick")))))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_until_draining_that_is_always_ready_has_an_end() {
+    let shutdown = shutdown();
+    let mut body = pin!(shutdown.watch().until_draining(Fast));
+    for _ in 0..1000 {
+        assert!(body.frame().await.is_some(), "nobody has told it to end");
+    }
+    drop(shutdown.finish().await);
+    let rest = body.as_mut().collect().await.unwrap().to_bytes();
+    assert_eq!(rest.len(), 16 * "tick".len());
+    assert!(body.is_end_stream());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_body_until_draining_yields_what_is_ready_and_then_comes_to_its_end() {
     let shutdown = shutdown();
@@ -855,9 +1076,9 @@ async fn the_report_is_read_by_people_and_by_programs() {
          completed, 1 ended, 0 left; tasks: 3 live, 0 later, 0 refused: 0 completed, 3 cancelled, \
          0 aborted, 0 timed out, 0 panicked, 0 left; 4 forced"
     );
-    assert_eq!(lines[1], "  1 x request GET (cancelled, up to 24000 ms old)");
+    assert_eq!(lines[2], "  1 x request GET (cancelled, up to 24000 ms old)");
     assert!(
-        lines[2]
+        lines[1]
             .starts_with("  3 x task write_audit_line (cancelled, up to 24000 ms old, spawned at "),
         "{text}"
     );
@@ -883,4 +1104,45 @@ async fn the_report_is_read_by_people_and_by_programs() {
         assert!(task["site"].as_str().unwrap().contains("shutdown.rs:"));
         assert!(task["trace_id"].is_null());
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_text_of_a_report_has_some_lines_however_many_names_clients_choose() {
+    let shutdown = Shutdown::new(Duration::ZERO).without_signals();
+    let layer = shutdown.layer().route(|request| Some(request.uri.path().to_owned().into()));
+    let mut requests = Vec::new();
+    for client in 0..100 {
+        // The last ones are sent twice.
+        for _ in 0..=usize::from(client >= 95) {
+            let mut service = layer.layer(service_fn(|_: Request<()>| pending::<Reply>()));
+            let request = Request::get(format!("/{client:02}")).body(()).unwrap();
+            requests.push(tokio::spawn(service.call(request)));
+        }
+    }
+    settle().await;
+    let report = shutdown.finish().await;
+    let text = report.to_string();
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines.len(), 1 + 20 + 1, "{text}");
+    assert!(lines[1].starts_with("  2 x request GET /95 ("), "the largest first: {text}");
+    assert!(lines[6].starts_with("  1 x request GET /00 ("), "{text}");
+    assert_eq!(lines[21], "  and 80 more, in 80 groups");
+    assert_eq!(report.forced().len(), 105);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_method_that_has_no_end_is_not_kept() {
+    let shutdown = Shutdown::new(Duration::ZERO).without_signals();
+    let layer = shutdown.layer();
+    let mut requests = Vec::new();
+    for len in [1, 32, 33, 300_000] {
+        let mut service = layer.layer(service_fn(|_: Request<()>| pending::<Reply>()));
+        let request = Request::builder().method(&*"M".repeat(len)).body(()).unwrap();
+        requests.push(tokio::spawn(service.call(request)));
+    }
+    settle().await;
+    let report = shutdown.finish().await;
+    let mut names: Vec<_> = report.forced().iter().map(|it| &*it.name).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["M", &"M".repeat(32), "OTHER", "OTHER"]);
 }
