@@ -140,6 +140,12 @@ impl<H> Hook<H> {
         Self { hook: std::sync::Mutex::new(Some(hook)), scope: Scope::Inside(None) }
     }
 
+    /// Calls what `make` makes, unless that panics.
+    pub(crate) fn made(make: impl FnOnce() -> H) -> Self {
+        let hook = std::sync::Mutex::new(call("make_on_end", make));
+        Self { hook, scope: Scope::Inside(None) }
+    }
+
     /// The hook, until the end.
     pub fn get_mut(&mut self) -> Option<&mut H> {
         self.hook.get_mut().unwrap_or_else(PoisonError::into_inner).as_mut()

@@ -112,7 +112,8 @@
 //!
 //! Dropping the response future or the body drops what it wraps and then calls the hook. The hook
 //! runs where the end is found, often in a server's connection task, so it must not block. If it
-//! panics, the panic is contained and logged.
+//! panics, the panic is contained and logged; so it is if the making of it does, and the request is
+//! served without.
 //!
 //! # What it cannot see
 //!
@@ -261,7 +262,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let hook = Hook::new(self.layer.make.make_on_end(&request));
+        let hook = Hook::made(|| self.layer.make.make_on_end(&request));
         let asked = Asked::of(&request);
         ResponseFuture::http(hook, asked, || self.inner.call(request))
     }
@@ -282,7 +283,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let hook = Hook::new(self.layer.make.make_on_end(&request));
+        let hook = Hook::made(|| self.layer.make.make_on_end(&request));
         let (request, asked) = Asked::with_request_body(request);
         ResponseFuture::http(hook, asked, || self.inner.call(request))
     }
@@ -302,7 +303,7 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        let hook = Hook::new(self.layer.make.make_on_end(&request));
+        let hook = Hook::made(|| self.layer.make.make_on_end(&request));
         ResponseFuture::plain(hook, || self.inner.call(request))
     }
 }

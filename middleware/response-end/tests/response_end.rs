@@ -306,6 +306,22 @@ fn a_panic_in_call_is_an_end() {
 }
 
 #[test]
+fn a_panic_of_what_makes_the_hook_leaves_the_request_without_one() {
+    let make = |_: &Request<()>| -> fn(End) { panic!("no hook") };
+    let answer = || service_fn(async |_| Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new())));
+    let layer = ResponseEndLayer::new(make);
+    let mut call = spawn(layer.layer(answer()).call(get()));
+    assert_eq!(assert_ready_ok!(call.poll()).status(), 200);
+    let answer_any = service_fn(async |_: Request<RequestBody<()>>| {
+        Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
+    });
+    let mut call = spawn(layer.clone().watch_request_body().layer(answer_any).call(get()));
+    assert_eq!(assert_ready_ok!(call.poll()).status(), 200);
+    let mut call = spawn(layer.plain().layer(answer()).call(get()));
+    assert_eq!(assert_ready_ok!(call.poll()).status(), 200);
+}
+
+#[test]
 fn a_panic_in_a_poll_of_the_future_is_an_end() {
     let ends = Ends::default();
     let mut service = ResponseEndLayer::new(ends.clone()).layer(service_fn(|_: Request<()>| {
