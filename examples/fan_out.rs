@@ -40,7 +40,7 @@ type Result<T = (), E = Box<dyn Error>> = std::result::Result<T, E>;
 // ---- The shop. A request for a quote asks the three services at once.
 
 async fn quote(State(services): State<Services>, tasks: TaskSet) -> Result<String, QuoteError> {
-    let group = tasks.group().fail_fast();
+    let group = tasks.try_group();
     let price = group.spawn("price", services.clone().ask("price"))?;
     let stock = group.spawn("stock", services.clone().ask("stock"))?;
     let shipping = group.spawn("shipping", services.ask("shipping"))?;

@@ -452,7 +452,7 @@ impl Site {
             Ok(handle) => {
                 match task.handle {
                     HandlePlan::Cancel => handle.cancel(),
-                    HandlePlan::Abort => handle.abort_handle().abort(),
+                    HandlePlan::Abort => handle.cancel_handle().cancel(),
                     _ => {}
                 }
                 if task.handle == HandlePlan::Drop {

@@ -145,9 +145,9 @@ impl Storm {
                     handle.cancel();
                 }
                 if dice.one_in(6) {
-                    let abort = handle.abort_handle();
+                    let cancel = handle.cancel_handle();
                     thread::yield_now();
-                    abort.abort();
+                    cancel.cancel();
                 }
                 if dice.one_in(4) {
                     *self.own.unseen.lock().unwrap().entry(name).or_default() += 1;

@@ -93,9 +93,12 @@ impl Waiter {
         let shard = self.place.map_or_else(this_shard, |(shard, _)| shard);
         let mut wakers = self.shard(shard).lock();
         let number = self.place.map_or_else(|| wakers.take_place(), |(_, number)| number);
-        let old = wakers.place(number).map(|place| place.replace(waker));
+        let unneeded = match wakers.place(number) {
+            Some(place) => place.replace(waker),
+            None => Some(waker),
+        };
         drop(wakers);
-        drop(old);
+        drop(unneeded);
         self.place = Some((shard, number));
     }
 

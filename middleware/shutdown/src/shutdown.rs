@@ -47,7 +47,7 @@ impl Shutdown {
     /// the shutdown has begun is drained, and missing in the figures of its beginning.
     pub fn tasks(self, registry: &TaskRegistry) -> Self {
         let mut settings = self.0.settings();
-        let is_new = settings.registries.iter().all(|known| !known.is_same(registry));
+        let is_new = settings.registries.iter().all(|known| !known.ptr_eq(registry));
         if is_new {
             settings.registries.push(registry.clone());
         }

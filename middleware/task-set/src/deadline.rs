@@ -13,6 +13,9 @@ use tokio::{
 };
 use tower_catch_unwind::catch;
 use tower_request_context::Dialect;
+use tower_response_end::End;
+
+use crate::set::Set;
 
 /// How long a response may take, as chosen on a layer.
 #[derive(Clone, Debug)]
@@ -43,7 +46,7 @@ impl Limit {
         // What is too long to count is for ever.
         let at = Instant::now().checked_add(time)?;
         let timeless = self.timeless.clone();
-        Some(Box::new(Deadline { at, around: None, timer: Timer::Unset, timeless }))
+        Some(Box::new(Deadline { at, around: None, told: None, timer: Timer::Unset, timeless }))
     }
 }
 
@@ -53,6 +56,8 @@ pub(crate) struct Deadline {
     at: Instant,
     /// That of the response around, while this one's code runs.
     around: Option<Instant>,
+    /// The set that knows of it.
+    told: Option<Arc<Set>>,
     timer: Timer,
     timeless: Arc<OnceLock<Id>>,
 }
@@ -67,10 +72,6 @@ enum Timer {
 }
 
 impl Deadline {
-    pub(crate) const fn at(&self) -> Instant {
-        self.at
-    }
-
     /// What counts inside: the earlier of this one and that around.
     pub(crate) fn enter(&mut self, around: Option<Instant>) -> Instant {
         self.around = around;
@@ -80,6 +81,26 @@ impl Deadline {
     /// What counts outside again.
     pub(crate) const fn leave(&mut self) -> Option<Instant> {
         self.around.take()
+    }
+
+    /// Tells the set, if it has been made and was not told.
+    pub(crate) fn tell(&mut self, made: impl FnOnce() -> Option<Arc<Set>>) {
+        if self.told.is_none() {
+            self.told = made();
+            if let Some(set) = &self.told {
+                set.limit_time(self.at);
+            }
+        }
+    }
+
+    /// The response is over, and the set is that of one around it: what counts for that is what
+    /// counted before.
+    pub(crate) fn end(self, end: End) {
+        match self.told {
+            Some(set) if end == End::TimedOut => set.end(end),
+            Some(set) => set.lift_limit(self.at),
+            None => {}
+        }
     }
 
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {

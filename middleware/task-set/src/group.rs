@@ -3,7 +3,7 @@ use std::{
     fmt,
     ops::Deref,
     pin::Pin,
-    sync::{Arc, OnceLock},
+    sync::Arc,
     task::{Context, Poll, ready},
     thread,
 };
@@ -22,7 +22,8 @@ use crate::{
 
 /// Tasks that end together: dropped, it tells them to end.
 ///
-/// Made by [`TaskSet::group`](crate::TaskSet::group), mostly to ask several things at once and to
+/// Made by [`TaskSet::group`](crate::TaskSet::group) and
+/// [`TaskSet::try_group`](crate::TaskSet::try_group), mostly to ask several things at once and to
 /// go on with the results. Its tasks are also those of the set, or of the registry: they count
 /// there, have the lifetimes and limits of there, and may be told to end from there. A group within
 /// a group is one that a task of the outer group owns: with the task it ends.
@@ -40,13 +41,13 @@ use crate::{
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let tasks = TaskRegistry::new();
-/// let group = tasks.group().fail_fast();
+/// let group = tasks.try_group();
 /// let price = group.spawn("price", async { Ok::<_, String>(7) })?;
 /// let stock = group.spawn("stock", async { Ok(35) })?;
 /// group.wait().await?;
 /// assert_eq!(price.await? + stock.await?, 42);
 ///
-/// let group = tasks.group().fail_fast();
+/// let group = tasks.try_group();
 /// let asleep = group.spawn("asleep", std::future::pending::<Result<(), _>>())?;
 /// group.spawn("fails", async { Err::<(), _>("no such thing".to_owned()) })?;
 /// let error = group.wait().await.unwrap_err();
@@ -55,41 +56,11 @@ use crate::{
 /// # Ok(()) }
 /// ```
 #[must_use = "dropped, it tells its tasks to end"]
-pub struct Group<J = WaitAll> {
-    handle: GroupHandle<J>,
-    end: EndOnDrop,
-}
+pub struct Group<J = WaitAll>(GroupHandle<J>);
 
 impl Group {
     pub(crate) fn new(owner: impl TaskOwner) -> Self {
-        let shared = Arc::new(Shared {
-            owner: Box::new(owner),
-            first: OnceLock::new(),
-            state: Mutex::new(State { limit: usize::MAX, ..State::default() }),
-        });
-        let end = EndOnDrop(shared.clone());
-        Self { handle: GroupHandle { shared, join: WaitAll(()) }, end }
-    }
-
-    /// At most `limit` of its tasks at once: what is too many is refused. 0 refuses all.
-    ///
-    /// Choose it by what the other side of the tasks can take at once.
-    pub fn limit(self, limit: usize) -> Self {
-        lock(&self.handle.shared.state).limit = limit;
-        self
-    }
-
-    /// The first task that fails tells the others to end, for [`Cause::Sibling`]: one that returns
-    /// an error, panics, or takes longer than its timeout.
-    ///
-    /// Its tasks return `Result<T, E>`. The error is the group's, and is what
-    /// [`wait`](Group::<FailFast<E>>::wait) yields; the handles yield `T`.
-    pub fn fail_fast<E: Send + 'static>(self) -> Group<FailFast<E>> {
-        let Self { handle: GroupHandle { shared, .. }, end } = self;
-        let first = Arc::new(First { failure: Mutex::new(None) });
-        // Not set before: a group like this one has no such method.
-        let _ = shared.first.set(first.clone());
-        Group { handle: GroupHandle { shared, join: FailFast(first) }, end }
+        Self(GroupHandle { shared: Shared::new(owner, None), join: WaitAll(()) })
     }
 
     /// Waits until all tasks have ended: all destructors have run. Its tasks may go on to spawn
@@ -102,11 +73,17 @@ impl Group {
     /// Dropped half-way, it drops the group, which tells its tasks to end. Poll it by reference
     /// where that is not wanted.
     pub async fn wait(self) {
-        self.handle.shared.empty().await;
+        self.0.shared.empty().await;
     }
 }
 
-impl<E> Group<FailFast<E>> {
+impl<E: Send + 'static> Group<FailFast<E>> {
+    pub(crate) fn fail_fast(owner: impl TaskOwner) -> Self {
+        let first = Arc::new(First { failure: Mutex::new(None) });
+        let shared = Shared::new(owner, Some(first.clone()));
+        Self(GroupHandle { shared, join: FailFast(first) })
+    }
+
     /// Waits until all tasks have ended, and yields the first failure: all destructors have run.
     /// Its tasks may go on to spawn meanwhile; when it is empty it takes no more.
     ///
@@ -122,19 +99,27 @@ impl<E> Group<FailFast<E>> {
     /// Dropped half-way, it drops the group, which tells its tasks to end. Poll it by reference
     /// where that is not wanted.
     pub async fn wait(self) -> Result<(), GroupError<E>> {
-        self.handle.shared.empty().await;
-        let failure = lock(&self.handle.join.0.failure).take();
+        self.0.shared.empty().await;
+        let failure = lock(&self.0.join.0.failure).take();
         failure.map_or(Ok(()), Err)
     }
 }
 
 impl<J> Group<J> {
+    /// At most `limit` of its tasks at once: what is too many is refused. 0 refuses all.
+    ///
+    /// Choose it by what the other side of the tasks can take at once.
+    pub fn limit(self, limit: usize) -> Self {
+        lock(&self.0.shared.state).limit = limit;
+        self
+    }
+
     /// A handle of it, for its tasks.
     pub fn handle(&self) -> GroupHandle<J>
     where
         J: Clone,
     {
-        self.handle.clone()
+        self.0.clone()
     }
 }
 
@@ -143,7 +128,7 @@ impl<J> Deref for Group<J> {
     type Target = GroupHandle<J>;
 
     fn deref(&self) -> &GroupHandle<J> {
-        &self.handle
+        &self.0
     }
 }
 
@@ -153,13 +138,11 @@ impl<J> fmt::Debug for Group<J> {
     }
 }
 
-/// The group's end. Not a `Drop` of the group, which could not be taken apart then.
-struct EndOnDrop(Arc<Shared>);
-
-impl Drop for EndOnDrop {
+impl<J> Drop for Group<J> {
     fn drop(&mut self) {
-        let cause = if thread::panicking() { Some(Cause::Panicked) } else { self.0.owner.ended() };
-        self.0.cancel(cause.unwrap_or(Cause::Requested), None);
+        let shared = &self.0.shared;
+        let cause = if thread::panicking() { Some(Cause::Panicked) } else { shared.owner.ended() };
+        shared.cancel(cause.unwrap_or(Cause::Requested), None);
     }
 }
 
@@ -303,7 +286,8 @@ impl<T: Send + 'static> Join<T> for WaitAll {
     }
 }
 
-/// How a [`Group`] is that ends at the first failure: see [`Group::fail_fast`].
+/// How a [`Group`] is that ends at the first failure: see
+/// [`TaskSet::try_group`](crate::TaskSet::try_group).
 pub struct FailFast<E>(Arc<First<E>>);
 
 impl<E> sealed::Sealed for FailFast<E> {}
@@ -416,7 +400,7 @@ impl<E: Send> Lose for First<E> {
 struct Shared {
     owner: Box<dyn TaskOwner>,
     /// Of a group that fails fast.
-    first: OnceLock<Arc<dyn Lose>>,
+    first: Option<Arc<dyn Lose>>,
     state: Mutex<State>,
 }
 
@@ -433,6 +417,11 @@ struct State {
 }
 
 impl Shared {
+    fn new(owner: impl TaskOwner, first: Option<Arc<dyn Lose>>) -> Arc<Self> {
+        let state = Mutex::new(State { limit: usize::MAX, ..State::default() });
+        Arc::new(Self { owner: Box::new(owner), first, state })
+    }
+
     fn admit(self: &Arc<Self>, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket, Seat), SpawnError> {
         let mut seat = self.seat().inspect_err(|_| self.owner.count_refused(plan))?;
         let (set, ticket) = self.owner.admit(plan)?;
@@ -518,7 +507,7 @@ impl Seat {
     #[cold]
     #[inline(never)]
     fn lose(&self, error: &TaskError) {
-        let Some(first) = self.group.first.get() else { return };
+        let Some(first) = &self.group.first else { return };
         if !matches!(error, TaskError::Failed) {
             first.lose(self.name(), error.clone());
         }

@@ -15,15 +15,18 @@
 //! use http::{Request, Response};
 //! use http_body_util::{BodyExt, Empty};
 //! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
-//! use tower_task_set::{TaskRegistry, TaskSet, TaskSetLayer, assert_drained};
+//! use tower_task_set::{SpawnError, TaskRegistry, TaskSet, TaskSetLayer, assert_drained};
 //!
+//! # fn mail() -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> { Box::pin(async {}) }
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
 //! let tasks = TaskRegistry::new();
 //! let mut service = ServiceBuilder::new().layer(TaskSetLayer::new(&tasks)).service(service_fn(
 //!     |_: Request<()>| async {
 //!         let tasks = TaskSet::current()?;
-//!         tasks.spawn("send_receipt", async { /* mail it */ })?;
+//!         let receipt = tasks.spawn("send_receipt", async { mail().await });
+//!         // Refused, the future comes back in the error: here only the reason is wanted.
+//!         receipt.map_err(SpawnError::from)?;
 //!         Ok::<_, Box<dyn std::error::Error + Send + Sync>>(Response::new(Empty::<Bytes>::new()))
 //!     },
 //! ));
@@ -195,7 +198,7 @@ pub use registry::{TaskRegistry, assert_drained};
 pub use shield::{ShieldBody, ShieldError, ShieldFuture, ShieldLayer, Shielded};
 pub use stop::StopToken;
 
-pub use task::{AbortHandle, Cause, Outcome, TaskError, TaskHandle};
+pub use task::{CancelHandle, Cause, Outcome, TaskError, TaskHandle};
 pub use task_set::{Hold, NewTask, NoTaskSet, TaskSet};
 pub use tower_response_end::{BodyError, CallError, End, Http, Plain, Stopped};
 pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};

@@ -584,7 +584,7 @@ fn a_spawn_into_a_group_that_is_told_to_end_is_refused_or_told_and_waited_for() 
 fn of_two_tasks_that_fail_at_once_one_is_the_first_and_the_wait_is_for_both() {
     let seen = outcomes(|| {
         let registry = TaskRegistry::new();
-        let group = Group::new(Entered(set(&registry))).fail_fast();
+        let group = Group::fail_fast(Entered(set(&registry)));
         let handle = group.handle();
         // Both are there before one fails.
         let [one, two] = [1, 2].map(|n: u32| {

@@ -97,7 +97,7 @@ pub(crate) fn current() -> Option<Arc<Set>> {
             set_of(current).ok().flatten()
         })?;
         if let Some(at) = UNTIL.with(Cell::get) {
-            set.limit_time(at);
+            set.expect_limit(at);
         }
         Some(set)
     })
@@ -112,6 +112,11 @@ pub(crate) fn slot_of(set: &Arc<Set>) -> Option<u32> {
             _ => None,
         })
     })
+}
+
+/// When the response that is served here has to be over, if it is one of `set`.
+pub(crate) fn limit(set: &Arc<Set>) -> Option<Instant> {
+    UNTIL.with(Cell::get).filter(|_| slot_of(set).is_some())
 }
 
 /// Whether nothing is current.
@@ -189,7 +194,7 @@ pub struct ResponseScope {
 
 impl ResponseScope {
     #[inline]
-    pub(crate) fn new(layer: &Arc<Config>, deadline: Option<Box<Deadline>>) -> Self {
+    pub(crate) fn new(layer: &Arc<Config>, mut deadline: Option<Box<Deadline>>) -> Self {
         let (nested, in_task) = HERE.with(|here| {
             here.look(|current| match current {
                 // The tasks in a set of the registry's own are strangers: a call has no part in it.
@@ -209,10 +214,8 @@ impl ResponseScope {
                 set.add_policy(&layer.layer);
             }
         }
-        if let Some(deadline) = deadline.as_ref().filter(|_| nested) {
-            if let Some(set) = made() {
-                set.limit_time(deadline.at());
-            }
+        if let Some(deadline) = deadline.as_mut().filter(|_| nested) {
+            deadline.tell(made);
         }
         Self { own: (!nested).then(|| Current::Unasked(layer.clone())), deadline }
     }
@@ -267,6 +270,7 @@ impl Watch for ResponseScope {
     fn leave(&mut self) {
         if let Some(deadline) = &mut self.deadline {
             UNTIL.with(|until| until.set(deadline.leave()));
+            deadline.tell(made);
         }
         let Some(own) = &mut self.own else { return };
         HERE.with(|here| here.swap(own));
@@ -287,13 +291,12 @@ impl Watch for ResponseScope {
             Some(Current::Set(set, _)) => set.end(end),
             // From now on no set can be made any more.
             Some(own) => *own = Current::Nothing,
-            // The set is that of a layer outside, whose response this is too.
-            None if end == End::TimedOut => {
-                if let Some(set) = made() {
-                    set.end(end);
+            // The set is that of a layer outside, whose response this is too, or a part of.
+            None => {
+                if let Some(deadline) = self.deadline.take() {
+                    deadline.end(end);
                 }
             }
-            None => {}
         }
     }
 }

@@ -1,6 +1,7 @@
 use std::{
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
+    mem,
     panic::Location,
     sync::{Arc, PoisonError},
     thread,
@@ -13,7 +14,7 @@ use tower_response_end::End;
 use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 
 use crate::{
-    AtEnd, Group, Observe, OnPanic, Snapshot, StopToken, TaskHandle,
+    AtEnd, FailFast, Group, Observe, OnPanic, Snapshot, StopToken, TaskHandle,
     ledger::Base,
     lifetime::Policy,
     reaper::Runtime,
@@ -217,6 +218,12 @@ impl TaskRegistry {
         Group::new(self.clone())
     }
 
+    /// The same, where the first task that fails tells the others to end: see
+    /// [`TaskSet::try_group`](crate::TaskSet::try_group).
+    pub fn try_group<E: Send + 'static>(&self) -> Group<FailFast<E>> {
+        Group::fail_fast(self.clone())
+    }
+
     /// How many tasks live.
     pub fn len(&self) -> usize {
         self.owner().sets().iter().map(|set| set.len()).sum()
@@ -289,7 +296,7 @@ impl TaskRegistry {
     }
 
     /// Whether `other` is a clone of this one: it has the same ledger.
-    pub fn is_same(&self, other: &Self) -> bool {
+    pub fn ptr_eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(self.owner(), other.owner())
     }
 
@@ -463,8 +470,12 @@ impl Owner {
         make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
     ) -> Arc<Set> {
         let shard = this_shard();
+        let mut gone = Vec::new();
         let mut sets = lock(&self.shards[shard].0);
-        self.insert(&mut sets, shard, handle, make)
+        let set = self.insert(&mut sets, shard, handle, &mut gone, make);
+        drop(sets);
+        drop(gone);
+        set
     }
 
     /// The set of the tasks that belong to no request, or `None` when closed.
@@ -480,28 +491,37 @@ impl Owner {
         if let Some(own) = sets.own.as_ref().filter(serves) {
             return Some(own.clone());
         }
-        let set = self.insert(&mut sets, shard, handle, |place, runtime, _| {
+        let mut gone = Vec::new();
+        let set = self.insert(&mut sets, shard, handle, &mut gone, |place, runtime, _| {
             Set::own(config.clone(), place, runtime)
         });
         // One that was made with other choices, or elsewhere, is over when its tasks are.
         let other = sets.own.replace(set.clone());
         drop(sets);
+        drop(gone);
         if let Some(other) = other {
             other.disown();
         }
         Some(set)
     }
 
+    /// Leaves in `gone` what is to be dropped when the lock is released: the last that is known of a
+    /// runtime, and so the code of others.
     fn insert(
         self: &Arc<Self>,
         sets: &mut Sets,
         shard: usize,
         handle: Option<Handle>,
+        gone: &mut Vec<Arc<Runtime>>,
         make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
     ) -> Arc<Set> {
         let runtime = handle.map(|handle| match &sets.runtime {
             Some(runtime) if runtime.handle.id() == handle.id() => runtime.clone(),
-            _ => sets.runtime.insert(self.runtime(handle)).clone(),
+            _ => {
+                let runtime = self.find_runtime(handle, gone);
+                gone.extend(sets.runtime.replace(runtime.clone()));
+                runtime
+            }
         });
         let index = sets.free.pop().unwrap_or_else(|| {
             sets.listed.push(None);
@@ -513,9 +533,21 @@ impl Owner {
     }
 
     pub(crate) fn runtime(self: &Arc<Self>, handle: Handle) -> Arc<Runtime> {
+        self.find_runtime(handle, &mut Vec::new())
+    }
+
+    /// Leaves in `gone` what is to be dropped outside of locks.
+    fn find_runtime(
+        self: &Arc<Self>,
+        handle: Handle,
+        gone: &mut Vec<Arc<Runtime>>,
+    ) -> Arc<Runtime> {
         let mut runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
         // One that only this list has was shut down, or has no tasks of ours.
-        runtimes.retain(|runtime| Arc::strong_count(runtime) > 1);
+        let (known, unused) =
+            mem::take(&mut *runtimes).into_iter().partition(|it| Arc::strong_count(it) > 1);
+        *runtimes = known;
+        gone.extend::<Vec<_>>(unused);
         match runtimes.iter().find(|runtime| runtime.handle.id() == handle.id()) {
             Some(runtime) => runtime.clone(),
             None => {

@@ -712,7 +712,7 @@ impl Set {
         inner.held_end = None;
         // Wakers are the code of others.
         let waker = inner.response.take();
-        if let Some(deadline) = inner.deadline_mut() {
+        for deadline in inner.deadlines() {
             self.forget(deadline.key.take());
         }
         self.end_tasks(inner, end);
@@ -769,26 +769,47 @@ impl Set {
         notify(changed);
     }
 
-    /// The response has to be over by then, or by an earlier time that was said before.
+    /// The response has to be over by then, or what is served within it, which then
+    /// [says when it is](Self::lift_limit): a user of this deadline.
     pub(crate) fn limit_time(self: &Arc<Self>, at: Instant) {
+        self.add_limit(at, 1);
+    }
+
+    /// The same, for a response that will say so itself.
+    pub(crate) fn expect_limit(self: &Arc<Self>, at: Instant) {
+        self.add_limit(at, 0);
+    }
+
+    fn add_limit(self: &Arc<Self>, at: Instant, users: usize) {
         let mut inner = self.lock();
-        if inner.end.is_some() || inner.deadline().is_some_and(|known| known.at <= at) {
+        if inner.end.is_some() {
             return;
         }
-        let deadline = &mut inner.rare_mut().deadline;
-        if let Some(known) = deadline.take() {
-            self.forget(known.key);
+        if let Some(known) = inner.deadlines().iter_mut().find(|known| known.at == at) {
+            known.users += users;
+            return;
         }
         let key = self.note(self.runtime(), Some(at), Who::Response);
-        *deadline = Some(Deadline { at, key });
+        inner.rare_mut().deadlines.push(Deadline { at, key, users });
         drop(inner);
         if let Some(runtime) = self.runtime() {
             runtime.wind(at);
         }
     }
 
+    /// What was served within the response has had its end in time.
+    pub(crate) fn lift_limit(&self, at: Instant) {
+        let mut inner = self.lock();
+        let Some(deadlines) = inner.rare.as_mut().map(|rare| &mut rare.deadlines) else { return };
+        let Some(index) = deadlines.iter().position(|known| known.at == at) else { return };
+        deadlines[index].users = deadlines[index].users.saturating_sub(1);
+        if deadlines[index].users == 0 {
+            self.forget(deadlines.swap_remove(index).key);
+        }
+    }
+
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.lock().deadline().map(|deadline| deadline.at)
+        self.lock().deadlines().iter().map(|deadline| deadline.at).min()
     }
 
     /// Whether the response is to fail; if not, wakes `cx` when it is.
@@ -866,9 +887,8 @@ impl Set {
         let mut news = News::default();
         match who {
             Who::Response => {
-                let Some(deadline) = inner.deadline_mut().filter(|own| own.key == Some(key)) else {
-                    return;
-                };
+                let own = inner.deadlines().iter_mut().find(|own| own.key == Some(key));
+                let Some(deadline) = own else { return };
                 deadline.key = None;
                 drop(inner);
                 return self.end(End::TimedOut);

@@ -86,7 +86,7 @@ pub enum TaskError {
     TimedOut,
     /// It panicked, in a poll or while it was dropped.
     Panicked(Panic),
-    /// It returned an error, which its [group](crate::Group::fail_fast) has.
+    /// It returned an error, which its [group](crate::TaskSet::try_group) has.
     Failed,
 }
 
@@ -531,8 +531,8 @@ impl<T> TaskHandle<T> {
     }
 
     /// Something to cancel the task with, without its result.
-    pub fn abort_handle(&self) -> AbortHandle {
-        AbortHandle { task: self.join.abort_handle(), canceller: self.canceller.clone() }
+    pub fn cancel_handle(&self) -> CancelHandle {
+        CancelHandle { task: self.join.abort_handle(), canceller: self.canceller.clone() }
     }
 }
 
@@ -563,14 +563,14 @@ impl<T> fmt::Debug for TaskHandle<T> {
 
 /// Cancels a task. A clone cancels the same task; dropping it changes nothing.
 #[derive(Clone)]
-pub struct AbortHandle {
+pub struct CancelHandle {
     task: tokio::task::AbortHandle,
     canceller: Canceller,
 }
 
-impl AbortHandle {
+impl CancelHandle {
     /// Tells the task to end: see [`TaskHandle::cancel`].
-    pub fn abort(&self) {
+    pub fn cancel(&self) {
         if !self.task.is_finished() {
             self.canceller.cancel(Cause::Requested);
         }
@@ -587,9 +587,9 @@ impl AbortHandle {
     }
 }
 
-impl fmt::Debug for AbortHandle {
+impl fmt::Debug for CancelHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AbortHandle")
+        f.debug_struct("CancelHandle")
             .field("id", &self.id())
             .field("is_finished", &self.is_finished())
             .finish()

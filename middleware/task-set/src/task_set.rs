@@ -10,7 +10,7 @@ use tower_response_end::{End, hold};
 use tower_spawn_limit::{Level, Permit, Refused, SpawnError, SpawnLimit, within};
 
 use crate::{
-    AtEnd, Group, GroupHandle, Join, OnPanic, StopToken, TaskHandle, TaskRegistry,
+    AtEnd, FailFast, Group, GroupHandle, Join, OnPanic, StopToken, TaskHandle, TaskRegistry,
     lifetime::Policy,
     place,
     set::{Refusal, Set, Ticket},
@@ -183,6 +183,15 @@ impl TaskSet {
         Group::new(self.clone())
     }
 
+    /// The same, where the first task that fails tells the others to end, for [`Cause::Sibling`]:
+    /// one that returns an error, panics, or takes longer than its timeout.
+    ///
+    /// Its tasks return `Result<T, E>`. The error is the group's, and is what
+    /// [`wait`](Group::<FailFast<E>>::wait) yields; the handles yield `T`.
+    pub fn try_group<E: Send + 'static>(&self) -> Group<FailFast<E>> {
+        Group::fail_fast(self.clone())
+    }
+
     /// What becomes of the set's tasks at the end of the response, if they do not say otherwise.
     /// When that has come, this changes nothing.
     pub fn at_end(&self, lifetime: AtEnd) {
@@ -216,7 +225,8 @@ impl TaskSet {
     /// When its response has to be over, if [the layer](crate::TaskSetLayer::deadline) says so: the
     /// time that a call to somebody else may take.
     pub fn deadline(&self) -> Option<Instant> {
-        self.0.deadline()
+        // The set is told after the poll in which it was made.
+        self.0.deadline().into_iter().chain(place::limit(&self.0)).min()
     }
 
     /// How many of its tasks live. In a task that belongs to no request, that is how many live of

@@ -171,9 +171,9 @@ fn a_handle_costs_nothing() {
     let cost = added(&layer, || {
         let set = TaskSet::current().unwrap();
         let task: TaskHandle<()> = set.spawn("task", pending()).unwrap();
-        let abort = task.abort_handle();
+        let cancel = task.cancel_handle();
         task.cancel();
-        abort.clone().abort();
+        cancel.clone().cancel();
         assert_eq!(set.clone().len(), 1);
     });
     // The one more knows what this task alone was told.

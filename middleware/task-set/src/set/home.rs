@@ -117,8 +117,11 @@ impl Set {
     ) -> Result<(), SpawnLimit> {
         let here = Limits::current();
         let limits = if here.is_empty() { &self.limits } else { &here };
-        let permits =
-            plan.with_hand(|hand| limits.try_take(&mut hand.permit, self.config.limit.as_ref()))?;
+        // Out of the plan's lock: what is given back wakes others.
+        let mut in_hand = plan.with_hand(|hand| hand.permit.take());
+        let permits = limits.try_take(&mut in_hand, self.config.limit.as_ref());
+        plan.with_hand(|hand| hand.permit = in_hand);
+        let permits = permits?;
         if permits.is_empty() {
             return Ok(());
         }

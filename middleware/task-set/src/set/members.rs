@@ -74,13 +74,16 @@ pub(super) struct Rare {
     pub(super) forced: ForcedTasks,
     /// Why the response is to fail.
     pub(super) failed: Option<Panic>,
-    pub(super) deadline: Option<Deadline>,
+    pub(super) deadlines: Vec<Deadline>,
 }
 
-/// When the response has to be over. Kept here too, since nobody may poll the response by then.
+/// When the response has to be over, or one within it. Kept here too, since nobody may poll the
+/// response by then.
 pub(super) struct Deadline {
     pub(super) at: Instant,
     pub(super) key: Option<Key>,
+    /// How many responses have it.
+    pub(super) users: usize,
 }
 
 /// Whether somebody must look for the deadline of the tasks when the response is over. It cannot be
@@ -255,12 +258,8 @@ impl Inner {
         self.rare.as_ref()?.failed.as_ref()
     }
 
-    pub(super) fn deadline(&self) -> Option<&Deadline> {
-        self.rare.as_ref()?.deadline.as_ref()
-    }
-
-    pub(super) fn deadline_mut(&mut self) -> Option<&mut Deadline> {
-        self.rare.as_mut()?.deadline.as_mut()
+    pub(super) fn deadlines(&mut self) -> &mut [Deadline] {
+        self.rare.as_mut().map_or(&mut [], |rare| &mut rare.deadlines)
     }
 
     /// What to tell those who wait to spawn.

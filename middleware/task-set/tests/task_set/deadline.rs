@@ -3,7 +3,7 @@ use std::{future::pending, pin::pin, sync::Arc, task::Poll, time::Duration};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Empty, Full};
 use tokio::{
     runtime::Builder,
     task::coop::{consume_budget, has_budget_remaining},
@@ -221,6 +221,51 @@ async fn the_deadline_can_be_read() {
     assert_eq!(serve(&TaskSetLayer::new(&tasks)).set.deadline(), None);
 }
 
+/// How many seconds a response has, to the nearest.
+fn left(set: &TaskSet) -> Option<u64> {
+    let left = set.deadline()?.duration_since(Instant::now());
+    Some((left + Duration::from_millis(500)).as_secs())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_within_a_request_leaves_none_of_its_deadlines_behind() {
+    // Equal ones, too; and it may be the first that asks for the set, or not.
+    for (outer, inner) in [(Some(9), 3), (Some(3), 3), (None, 3), (Some(2), 3)] {
+        for asks_before in [true, false] {
+            let tasks = TaskRegistry::new().at_end(AtEnd::Cancel);
+            let of = |deadline: Option<u64>| {
+                let layer = TaskSetLayer::new(&tasks);
+                deadline.map_or(layer.clone(), |deadline| layer.deadline(secs(deadline)))
+            };
+            let sub = of(Some(inner)).layer(service_fn(async |_: Request<()>| {
+                tokio::time::sleep(secs(1)).await;
+                let left = left(&TaskSet::current().unwrap()).unwrap();
+                Ok::<_, Broken>(Response::new(Full::<Bytes>::from(left.to_string())))
+            }));
+            let service = of(outer).layer(service_fn(async |_: Request<()>| {
+                if asks_before {
+                    TaskSet::current().unwrap();
+                }
+                let call = || async {
+                    let response = sub.clone().oneshot(Request::new(())).await?;
+                    Ok::<_, Broken>(response.into_body().collect().await.unwrap().to_bytes())
+                };
+                let (one, other) = tokio::try_join!(call(), call())?;
+                assert_eq!(one, (outer.map_or(inner, |outer| outer.min(inner)) - 1).to_string());
+                assert_eq!(one, other);
+                let set = TaskSet::current().unwrap();
+                assert_eq!(left(&set), outer.map(|outer| outer - 1), "{asks_before}");
+                let task = set.spawn("task", forever()).unwrap();
+                tokio::time::sleep(secs(5)).await;
+                assert!(!task.is_finished());
+                Ok::<_, Broken>(Response::new(Empty::<Bytes>::new()))
+            }));
+            let status = service.oneshot(Request::new(())).await.unwrap().status();
+            assert_eq!(status == 200, outer != Some(3) && outer != Some(2), "{outer:?}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn of_nested_deadlines_the_earlier_counts_and_ends_the_one_set() {
     for (outer, inner) in [(Some(9), 3), (None, 3), (Some(3), 9)] {
@@ -356,7 +401,7 @@ async fn a_body_that_was_wrapped_says_what_the_inner_one_says() {
     let tasks = TaskRegistry::new();
     let service =
         TaskSetLayer::new(&tasks).deadline(secs(3)).layer(service_fn(async |_: Request<()>| {
-            Ok::<_, Broken>(Response::new(http_body_util::Full::new(Bytes::from("hello"))))
+            Ok::<_, Broken>(Response::new(Full::new(Bytes::from("hello"))))
         }));
     let body = now(service.oneshot(Request::new(()))).unwrap().into_body();
     assert_eq!(body.size_hint().exact(), Some(5));

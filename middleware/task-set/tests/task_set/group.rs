@@ -72,7 +72,7 @@ async fn a_group_does_what_those_of_go_java_and_trio_do() {
 }
 
 async fn first_error(tasks: &TaskRegistry) -> Does {
-    let group = tasks.group().fail_fast();
+    let group = tasks.try_group();
     let well = group.spawn("well", async { Ok(7) }).unwrap();
     let mut others = Vec::new();
     for _ in 0..50 {
@@ -96,7 +96,7 @@ async fn first_error(tasks: &TaskRegistry) -> Does {
 }
 
 async fn panic(tasks: &TaskRegistry) -> Does {
-    let group = tasks.group().fail_fast();
+    let group = tasks.try_group();
     let other = group.spawn("other", asleep()).unwrap();
     group.spawn("panics", async { panic!("at the first poll") as Result<(), _> }).unwrap();
     let found = failure(group.wait().await);
@@ -107,7 +107,7 @@ async fn panic(tasks: &TaskRegistry) -> Does {
 
 async fn from_outside(tasks: &TaskRegistry) -> Does {
     let served = serve(&TaskSetLayer::new(tasks).at_end(AtEnd::Cancel));
-    let group = served.set.group().fail_fast();
+    let group = served.set.try_group();
     let task = group.spawn("task", asleep()).unwrap();
     settle().await;
     served.end(ENDS[3]);
@@ -128,11 +128,11 @@ async fn dropped(tasks: &TaskRegistry) -> Does {
 }
 
 async fn nested(tasks: &TaskRegistry) -> Does {
-    let outer = tasks.group().fail_fast();
+    let outer = tasks.try_group();
     let inner_of = |tasks: &TaskRegistry| {
         let (tasks, (tell, told)) = (tasks.clone(), mpsc::channel());
         let owner = outer.spawn("owner", async move {
-            let inner = tasks.group().fail_fast();
+            let inner = tasks.try_group();
             tell.send(inner.spawn("inner", asleep()).unwrap()).unwrap();
             inner.spawn("fails", ends(Err::<(), _>("inside"))).unwrap();
             Ok::<_, &str>(failure(inner.wait().await))
@@ -190,7 +190,7 @@ async fn the_cause_of_a_drop_is_the_end_of_the_response_if_that_has_come() {
 #[tokio::test(start_paused = true)]
 async fn graceful_and_blocking_siblings_are_told_why() {
     let tasks = TaskRegistry::new();
-    let group = tasks.group().fail_fast();
+    let group = tasks.try_group();
     let cooperative = group
         .spawn_graceful("cooperative", |stop| async move { Ok::<_, &str>(stop.cancelled().await) });
     let stubborn = group.task("stubborn").grace(secs(3)).spawn_graceful(|_| asleep());
@@ -215,7 +215,7 @@ async fn graceful_and_blocking_siblings_are_told_why() {
 #[tokio::test(start_paused = true)]
 async fn a_task_that_is_told_to_end_fails_no_other_but_is_not_ok() {
     let tasks = TaskRegistry::new();
-    let group = tasks.group().fail_fast();
+    let group = tasks.try_group();
     let told = group.spawn("told", asleep()).unwrap();
     let other = group.spawn("other", async {
         sleep(secs(9)).await;
@@ -229,7 +229,7 @@ async fn a_task_that_is_told_to_end_fails_no_other_but_is_not_ok() {
     );
     assert_eq!(outcome(other.unwrap()).await, Yield::Completed(7));
     // A failure that comes later counts more.
-    let group = tasks.group().fail_fast();
+    let group = tasks.try_group();
     let told = group.spawn("told", asleep()).unwrap();
     settle().await;
     told.cancel();
@@ -241,14 +241,14 @@ async fn a_task_that_is_told_to_end_fails_no_other_but_is_not_ok() {
 #[tokio::test]
 async fn all_well_is_ok_and_the_handles_yield_what_is_in_the_results() {
     let tasks = TaskRegistry::new();
-    let group = tasks.group().fail_fast();
+    let group = tasks.try_group();
     let number = group.spawn("number", ends(Ok(7))).unwrap();
     let text = group.spawn_graceful("text", |_| ends(Ok("seven"))).unwrap();
     let done = group.spawn_blocking("done", |_| Ok(())).unwrap();
     group.wait().await.unwrap();
     let values = (number.await.unwrap(), text.await.unwrap(), done.await.unwrap());
     assert_eq!(values, (7, "seven", ()));
-    assert_eq!(failure(tasks.group().fail_fast().wait().await), "");
+    assert_eq!(failure(tasks.try_group().wait().await), "");
 }
 
 #[tokio::test]
@@ -269,7 +269,7 @@ async fn in_a_group_that_is_not_told_otherwise_each_task_ends_as_it_does() {
 async fn a_destructor_that_panics_fails_the_group() {
     let tasks = TaskRegistry::new();
     for told in [false, true] {
-        let group = tasks.group().fail_fast();
+        let group = tasks.try_group();
         let other = group.spawn("other", asleep()).unwrap();
         let bomb = OnDrop::new(|| panic!("in the drop"));
         let bomb = group.spawn(
@@ -296,7 +296,7 @@ async fn an_error_that_nobody_takes_may_panic_when_it_is_dropped() {
     struct Bomb(#[expect(dead_code, reason = "it is dropped")] OnDrop<fn()>);
     let tasks = TaskRegistry::new();
     let bomb = || Bomb(OnDrop::new(|| panic!("in the error's drop")));
-    let group = tasks.group().fail_fast();
+    let group = tasks.try_group();
     let second = group.spawn_graceful("second", move |stop| async move {
         stop.cancelled().await;
         Err::<(), _>(bomb())
@@ -461,7 +461,7 @@ fn a_runtime_that_is_dropped_ends_the_wait() {
     let runtime = current_thread();
     let tasks = TaskRegistry::new();
     let group = runtime.block_on(async {
-        let group = tasks.group().fail_fast();
+        let group = tasks.try_group();
         group.spawn("task", asleep()).unwrap();
         settle().await;
         group

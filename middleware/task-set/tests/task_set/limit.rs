@@ -425,7 +425,7 @@ async fn a_permit_comes_back_once_however_a_task_ends() {
             drop(handle);
         }),
         ("cancellation", Box::pin(forever()), |_, handle| handle.cancel()),
-        ("its abort handle", Box::pin(forever()), |_, handle| handle.abort_handle().abort()),
+        ("its abort handle", Box::pin(forever()), |_, handle| handle.cancel_handle().cancel()),
         ("the end of all", Box::pin(forever()), |tasks, _| tasks.cancel_all()),
         ("an abort of all", Box::pin(forever()), |tasks, _| tasks.abort_all()),
         ("a forgotten handle", quiet(|| ()), |_, handle| std::mem::forget(handle)),

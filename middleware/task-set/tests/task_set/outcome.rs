@@ -140,7 +140,7 @@ async fn a_task_that_is_told_to_end_is_cancelled_before_its_first_poll_or_at_an_
             }
             match way {
                 "handle" => task.cancel(),
-                "abort handle" => task.abort_handle().abort(),
+                "abort handle" => task.cancel_handle().cancel(),
                 "its set" => request.set.cancel_all(),
                 "the registry" => tasks.registry.cancel_all(),
                 "the end of its response" => request.end(End::Failed),

@@ -442,3 +442,28 @@ fn a_handle_of_a_task_on_a_runtime_that_nobody_runs_is_pending_and_not_lost() {
     assert!(matches!(poll, Poll::Pending));
     assert_eq!(runtime.block_on(outcome(task)), Yield::Completed(1));
 }
+
+// Under loom tokio has no such callbacks.
+#[cfg(not(loom))]
+#[test]
+fn what_goes_with_the_last_of_a_dead_runtime_may_look_at_the_registry() {
+    let tasks = TaskRegistry::new();
+    let (tell, told) = mpsc::channel();
+    let registry = tasks.clone();
+    let on_drop = OnDrop::new(move || tell.send(registry.len()).unwrap());
+    // Sets of one thread meet at one lock.
+    let runtimes = thread::spawn(move || {
+        let run = |runtime: Runtime| {
+            let task = async { tasks.spawn("task", async {}).unwrap().await.unwrap() };
+            runtime.block_on(task);
+        };
+        let with_callback = move || {
+            let _ = &on_drop;
+        };
+        run(Builder::new_current_thread().on_thread_park(with_callback).build().unwrap());
+        (0..3).for_each(|_| run(current_thread()));
+    });
+    // Under the lock it would wait for itself.
+    assert_eq!(told.recv_timeout(Duration::from_secs(30)), Ok(0));
+    runtimes.join().unwrap();
+}

@@ -475,20 +475,20 @@ async fn a_handle_tells_about_its_task() {
     let (open, gate) = gate();
     let task = request.set.spawn("task", gate).unwrap();
     let other = request.set.spawn("other", forever()).unwrap();
-    let abort = task.abort_handle();
-    assert_eq!(task.id(), abort.id());
+    let cancel = task.cancel_handle();
+    assert_eq!(task.id(), cancel.id());
     assert_ne!(task.id(), other.id());
-    assert!(!task.is_finished() && !abort.is_finished());
+    assert!(!task.is_finished() && !cancel.is_finished());
     assert_eq!(
         format!("{task:?}"),
         format!("TaskHandle {{ id: {:?}, is_finished: false }}", task.id()),
     );
     open.send(()).unwrap();
     settle().await;
-    assert!(task.is_finished() && abort.is_finished());
+    assert!(task.is_finished() && cancel.is_finished());
     assert_eq!(
-        format!("{abort:?}"),
-        format!("AbortHandle {{ id: {:?}, is_finished: true }}", task.id()),
+        format!("{cancel:?}"),
+        format!("CancelHandle {{ id: {:?}, is_finished: true }}", task.id()),
     );
     assert_eq!(outcome(task).await, COMPLETED);
 }
@@ -498,16 +498,16 @@ async fn cancelling_by_a_handle_ends_this_task_alone() {
     let tasks = TaskRegistry::new();
     let request = serve(&TaskSetLayer::new(&tasks));
     let spawn = || request.set.spawn("task", forever()).unwrap();
-    let (by_handle, by_abort_handle, other) = (spawn(), spawn(), spawn());
+    let (by_handle, by_cancel_handle, other) = (spawn(), spawn(), spawn());
     settle().await;
     by_handle.cancel();
     by_handle.cancel();
-    let abort = by_abort_handle.abort_handle();
-    abort.clone().abort();
+    let cancel = by_cancel_handle.cancel_handle();
+    cancel.clone().cancel();
     assert_eq!(outcome(by_handle).await, Yield::Cancelled(Cause::Requested));
-    assert_eq!(outcome(by_abort_handle).await, Yield::Cancelled(Cause::Requested));
+    assert_eq!(outcome(by_cancel_handle).await, Yield::Cancelled(Cause::Requested));
     settle().await;
-    assert!(abort.is_finished() && !other.is_finished());
+    assert!(cancel.is_finished() && !other.is_finished());
     assert_ledger(&tasks, "live 1, cancelled 2");
 }
 
@@ -521,7 +521,7 @@ async fn a_handle_of_a_task_that_is_over_does_not_cancel_the_next_in_its_place()
     let second = request.set.spawn("second", gate).unwrap();
     settle().await;
     first.cancel();
-    first.abort_handle().abort();
+    first.cancel_handle().cancel();
     settle().await;
     assert!(!second.is_finished());
     open.send(()).unwrap();
@@ -564,7 +564,7 @@ fn the_types_can_go_to_any_thread() {
     any_thread::<TaskRegistry>();
     any_thread::<TaskSetLayer>();
     any_thread::<TaskHandle<u8>>();
-    any_thread::<tower_task_set::AbortHandle>();
+    any_thread::<tower_task_set::CancelHandle>();
     any_thread::<tower_task_set::Hold>();
     any_thread::<tower_task_set::TaskError>();
     any_thread::<tower_task_set::Snapshot>();

@@ -258,5 +258,5 @@ async fn idle_is_waited_for_whether_it_is_closed_or_not() {
     open_other.send(()).unwrap();
     idle.await;
     assert!(tasks.is_empty());
-    assert!(tasks.is_same(&tasks.clone()) && !tasks.is_same(&TaskRegistry::new()));
+    assert!(tasks.ptr_eq(&tasks.clone()) && !tasks.ptr_eq(&TaskRegistry::new()));
 }

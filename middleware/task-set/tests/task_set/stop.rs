@@ -5,7 +5,7 @@ use std::{future::pending, sync::mpsc, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
 use tower::Layer;
 use tower_task_set::{
-    AbortHandle, AtEnd, Cause, End, SpawnError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
+    AtEnd, CancelHandle, Cause, End, SpawnError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
     TaskState,
 };
 
@@ -39,9 +39,9 @@ type Tell = fn(&TaskRegistry, &TaskSet, &TaskHandle<Cause>);
 
 #[tokio::test(start_paused = true)]
 async fn of_several_reasons_to_end_the_first_one_counts() {
-    type Tell = fn(&TaskRegistry, &TaskSet, &AbortHandle);
+    type Tell = fn(&TaskRegistry, &TaskSet, &CancelHandle);
     let ways: [(Tell, Cause); 3] = [
-        (|_, _, task| task.abort(), Cause::Requested),
+        (|_, _, task| task.cancel(), Cause::Requested),
         (|_, set, _| set.cancel_all(), Cause::Requested),
         (|tasks, _, _| tasks.cancel_all(), Cause::Shutdown),
     ];
@@ -54,7 +54,7 @@ async fn of_several_reasons_to_end_the_first_one_counts() {
                 let (plain, graceful) = (set.spawn("plain", forever()).unwrap(), cooperative(&set));
                 settle().await;
                 let tell_both = |tell: Tell| {
-                    for task in [plain.abort_handle(), graceful.abort_handle()] {
+                    for task in [plain.cancel_handle(), graceful.cancel_handle()] {
                         tell(&tasks, &set, &task);
                     }
                 };
@@ -91,7 +91,7 @@ async fn a_task_sees_why_it_is_told_at_its_next_poll_and_its_result_counts() {
     }
     let ways: [(Tell, Cause); 4] = [
         (|_, _, task| task.cancel(), Cause::Requested),
-        (|_, _, task| task.abort_handle().abort(), Cause::Requested),
+        (|_, _, task| task.cancel_handle().cancel(), Cause::Requested),
         (|_, set, _| set.cancel_all(), Cause::Requested),
         (|tasks, _, _| tasks.cancel_all(), Cause::Shutdown),
     ];
