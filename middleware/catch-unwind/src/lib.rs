@@ -111,11 +111,7 @@ pub use catch::{CatchUnwind, Panic, catch};
 pub use hook::{Site, install_hook, record};
 pub use tower_request_context::{Http, Plain};
 #[doc(hidden)]
-pub use {
-    answer::short_method,
-    hook::destructor,
-    log::{Log, call},
-};
+pub use {answer::short_method, hook::destructor, log::Log};
 
 /// Makes outcomes of the panics of everything inside.
 ///
@@ -129,7 +125,7 @@ pub struct CatchUnwindLayer<M = (), P = Http> {
 impl CatchUnwindLayer {
     /// A layer that gives the default answer to every panic, and logs at most 20 in a second.
     pub fn new() -> Self {
-        Self { on_panic: (), log: Arc::new(Log::new(20)), protocol: PhantomData }
+        Self { on_panic: (), log: Arc::default(), protocol: PhantomData }
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 #[cfg(loom)]
 use loom::sync::{Mutex, MutexGuard};
-use tower_catch_unwind::call;
+use tower_catch_unwind::{Log, catch};
 
 use crate::{End, Watch};
 
@@ -129,26 +129,28 @@ impl<F: FnOnce(End) + Send + 'static> OnEnd for F {
 /// A [`Watch`] that calls a hook with the end, when nobody [holds](hold) the response any more.
 pub struct Hook<H> {
     // Never locked: a hook need not be `Sync`, and a body with it must be if the inner one is.
-    hook: std::sync::Mutex<Option<H>>,
+    on_end: std::sync::Mutex<Option<H>>,
     // While inside, what is current around it.
     scope: Scope,
+    // Of a layer whose hooks are the user's.
+    log: Option<Arc<Log>>,
 }
 
 impl<H> Hook<H> {
-    /// Calls `hook`.
+    /// Calls `hook`. If that panics, the panic is contained, and seen by the panic hook alone.
     pub const fn new(hook: H) -> Self {
-        Self { hook: std::sync::Mutex::new(Some(hook)), scope: Scope::Inside(None) }
+        Self { on_end: std::sync::Mutex::new(Some(hook)), scope: Scope::Inside(None), log: None }
     }
 
-    /// Calls what `make` makes, unless that panics.
-    pub(crate) fn made(make: impl FnOnce() -> H) -> Self {
-        let hook = std::sync::Mutex::new(call("make_on_end", make));
-        Self { hook, scope: Scope::Inside(None) }
+    /// Calls what `make` makes, unless that panics. Panics are told to `log`.
+    pub(crate) fn made(log: &Arc<Log>, make: impl FnOnce() -> H) -> Self {
+        let on_end = std::sync::Mutex::new(log.call("make_on_end", make));
+        Self { on_end, scope: Scope::Inside(None), log: Some(log.clone()) }
     }
 
     /// The hook, until the end.
     pub fn get_mut(&mut self) -> Option<&mut H> {
-        self.hook.get_mut().unwrap_or_else(PoisonError::into_inner).as_mut()
+        self.on_end.get_mut().unwrap_or_else(PoisonError::into_inner).as_mut()
     }
 }
 
@@ -171,10 +173,13 @@ impl<H: OnEnd> Watch for Hook<H> {
     }
 
     fn end(&mut self, end: End) {
-        let hook = self.hook.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let hook = self.on_end.get_mut().unwrap_or_else(PoisonError::into_inner);
         let Some(hook) = hook.take() else { return };
+        let log = self.log.take();
         let tell = move || {
-            call("on_end", || hook.on_end(end));
+            if let (Err(panic), Some(log)) = (catch(|| hook.on_end(end)), log) {
+                log.tell_callback(panic, "on_end");
+            }
         };
         match &self.scope {
             Scope::Inside(Some(holds)) => {

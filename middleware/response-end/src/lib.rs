@@ -113,7 +113,7 @@
 //! Dropping the response future or the body drops what it wraps and then calls the hook. The hook
 //! runs where the end is found, often in a server's connection task, so it must not block. If it
 //! panics, the panic is contained and logged; so it is if the making of it does, and the request is
-//! served without.
+//! served without. A layer and its clones log at most 20 of these in a second.
 //!
 //! # What it cannot see
 //!
@@ -134,6 +134,7 @@ use std::{
     marker::PhantomData,
     mem::{self, ManuallyDrop},
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -141,7 +142,7 @@ use bytes::Buf;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tower_catch_unwind::Panic;
+use tower_catch_unwind::{Log, Panic};
 use tower_layer::Layer;
 use tower_request_context::Dialect;
 use tower_service::Service;
@@ -179,19 +180,20 @@ pub struct WithRequestBody(());
 /// See the [crate's example](crate#example).
 pub struct ResponseEndLayer<M, P = Http> {
     make: M,
+    log: Arc<Log>,
     protocol: PhantomData<fn() -> P>,
 }
 
 impl<M> ResponseEndLayer<M> {
     /// A layer that asks `make` for a hook for each request.
-    pub const fn new(make: M) -> Self {
-        Self { make, protocol: PhantomData }
+    pub fn new(make: M) -> Self {
+        Self { make, log: Arc::default(), protocol: PhantomData }
     }
 
     /// The same layer for a `Service` of anything else than HTTP requests: there the response is
     /// over when its future is.
     pub fn plain(self) -> ResponseEndLayer<M, Plain> {
-        ResponseEndLayer { make: self.make, protocol: PhantomData }
+        ResponseEndLayer { make: self.make, log: self.log, protocol: PhantomData }
     }
 
     /// Also watches the request's body: an error of reading it counts as [`End::Disconnected`],
@@ -202,13 +204,22 @@ impl<M> ResponseEndLayer<M> {
     /// take that as it is (and box it once more); any other service must name the type or be
     /// generic over it.
     pub fn watch_request_body(self) -> ResponseEndLayer<M, WithRequestBody> {
-        ResponseEndLayer { make: self.make, protocol: PhantomData }
+        ResponseEndLayer { make: self.make, log: self.log, protocol: PhantomData }
+    }
+}
+
+impl<M, P> ResponseEndLayer<M, P> {
+    fn hook<Req>(&self, request: &Req) -> Hook<M::OnEnd>
+    where
+        M: MakeOnEnd<Req>,
+    {
+        Hook::made(&self.log, || self.make.make_on_end(request))
     }
 }
 
 impl<M: Clone, P> Clone for ResponseEndLayer<M, P> {
     fn clone(&self) -> Self {
-        Self { make: self.make.clone(), protocol: PhantomData }
+        Self { make: self.make.clone(), log: self.log.clone(), protocol: PhantomData }
     }
 }
 
@@ -262,7 +273,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let hook = Hook::made(|| self.layer.make.make_on_end(&request));
+        let hook = self.layer.hook(&request);
         let asked = Asked::of(&request);
         ResponseFuture::http(hook, asked, || self.inner.call(request))
     }
@@ -283,7 +294,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let hook = Hook::made(|| self.layer.make.make_on_end(&request));
+        let hook = self.layer.hook(&request);
         let (request, asked) = Asked::with_request_body(request);
         ResponseFuture::http(hook, asked, || self.inner.call(request))
     }
@@ -303,7 +314,7 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        let hook = Hook::made(|| self.layer.make.make_on_end(&request));
+        let hook = self.layer.hook(&request);
         ResponseFuture::plain(hook, || self.inner.call(request))
     }
 }

@@ -12,7 +12,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header, 
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
-use tower_catch_unwind::{call, short_method};
+use tower_catch_unwind::short_method;
 use tower_layer::Layer;
 use tower_request_context::{Dialect, RequestContext};
 use tower_response_end::{
@@ -98,7 +98,7 @@ impl ShutdownLayer {
             None => (None, request),
             Some(route) => {
                 let (parts, body) = request.into_parts();
-                let route = call("route", || route(&parts)).flatten();
+                let route = self.state.log.call("route", || route(&parts)).flatten();
                 (route, Request::from_parts(parts, body))
             }
         };
@@ -338,7 +338,8 @@ struct InFlight {
 impl InFlight {
     fn enter(state: &Arc<State>, name: Name) -> Self {
         let started = Instant::now();
-        let trace_id = call("value", || RequestContext::current().get().copied()).flatten();
+        let trace_id =
+            state.log.call("value", || RequestContext::current().get().copied()).flatten();
         let place = state.enter(roll::Request { name, started, trace_id });
         let admitted = place.map(|place| (state.clone(), place));
         Self {

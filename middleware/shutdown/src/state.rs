@@ -15,7 +15,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
-use tower_catch_unwind::catch;
+use tower_catch_unwind::{Log, catch};
 use tower_response_end::Signal;
 use tower_task_set::{Counts, TaskRegistry};
 
@@ -31,6 +31,8 @@ use crate::{
 pub(crate) struct State {
     settings: Mutex<Settings>,
     pub(crate) roll: Roll,
+    /// Of the panics of callbacks.
+    pub(crate) log: Log,
     refused: AtomicU64,
     begun: OnceLock<Begun>,
     /// The server is to accept nothing more.
@@ -94,6 +96,7 @@ impl State {
                 registries: Vec::new(),
             }),
             roll: Roll::default(),
+            log: Log::default(),
             refused: AtomicU64::new(0),
             begun: OnceLock::new(),
             draining: CancellationToken::new(),

@@ -54,7 +54,7 @@ impl TaskRegistry {
             limit: None,
             runtime: None,
             observer: None,
-            log: Arc::new(Log::new(20)),
+            log: Arc::default(),
             policy: Policy::default(),
             layer: Policy::default(),
         }))

@@ -5,7 +5,7 @@ use std::{
 };
 
 use http::{HeaderMap, HeaderName, HeaderValue};
-use tower_catch_unwind::call;
+use tower_catch_unwind::Log;
 use tower_request_context::{Inherit, RequestContext, RequestId, SpanId, Task, TraceId};
 use tracing::{Level, Span, field::display, level_enabled};
 
@@ -33,7 +33,19 @@ pub struct TraceContext {
     debug: bool,
     state: TraceState,
     request_id: RequestId,
-    on_span: Option<Arc<dyn OnSpan>>,
+    on_span: Option<Arc<Logged<dyn OnSpan>>>,
+}
+
+/// A hook, and where its panics are told.
+pub(crate) struct Logged<H: ?Sized> {
+    pub(crate) log: Arc<Log>,
+    pub(crate) hook: H,
+}
+
+impl Logged<dyn OnSpan> {
+    fn call(&self, span: &Span, context: &TraceContext) -> Option<TraceParent> {
+        self.log.call("on_span", || self.hook.on_span(span, context)).flatten()
+    }
 }
 
 impl TraceContext {
@@ -59,7 +71,7 @@ impl TraceContext {
         headers: &HeaderMap,
         trust: Trust,
         sample_ratio: f64,
-        on_span: Option<Arc<dyn OnSpan>>,
+        on_span: Option<Arc<Logged<dyn OnSpan>>>,
     ) -> Self {
         let ids = Ids::draw();
         let caller = Caller::of(headers);
@@ -206,7 +218,7 @@ impl TraceContext {
 
     fn adopt(&mut self, span: &Span) {
         let Some(on_span) = self.on_span.clone().filter(|_| !span.is_disabled()) else { return };
-        if let Some(Some(ids)) = call("on_span", || on_span.on_span(span, self)) {
+        if let Some(ids) = on_span.call(span, self) {
             if ids.trace_id != self.trace_id {
                 // Of a trace that goes on, what the caller said of it counts.
                 self.random = ids.random;
@@ -298,7 +310,7 @@ impl Inherit for TraceContext {
         if let Some(on_span) = &self.on_span {
             // The hook may look at the span id that it replaces, so not at the final one.
             let provisional = self.below(self.parent_id, self.link);
-            let ids = call("on_span", || on_span.on_span(&span, &provisional)).flatten();
+            let ids = on_span.call(&span, &provisional);
             let id = ids.map_or_else(|| provisional.span_id(), |ids| ids.parent_id);
             self.span_id.get_or_init(|| id);
             self.record(&span);

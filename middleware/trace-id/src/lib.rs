@@ -103,11 +103,13 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tower_catch_unwind::call;
+use tower_catch_unwind::Log;
 use tower_layer::Layer;
 use tower_request_context::{RequestContext, Scope};
 use tower_service::Service;
 use tracing::Span;
+
+use context::Logged;
 
 pub use b3::{B3, Sampling};
 pub use context::{OnSpan, TraceContext, inject};
@@ -138,7 +140,9 @@ pub struct TraceIdLayer<T = Trust, P = Http> {
     trust: T,
     sample_ratio: f64,
     trace_id_header: Option<HeaderName>,
-    on_span: Option<Arc<dyn OnSpan>>,
+    on_span: Option<Arc<Logged<dyn OnSpan>>>,
+    // Made with the first callback of the user's.
+    log: Option<Arc<Log>>,
     in_extensions: bool,
     protocol: PhantomData<fn() -> P>,
 }
@@ -151,6 +155,7 @@ impl TraceIdLayer {
             sample_ratio: 0.0,
             trace_id_header: None,
             on_span: None,
+            log: None,
             in_extensions: false,
             protocol: PhantomData,
         }
@@ -160,7 +165,8 @@ impl TraceIdLayer {
 impl<T> TraceIdLayer<T> {
     /// How much is taken over from the caller: a [`Trust`], or a closure that chooses one for each
     /// request, for instance by who has been authenticated.
-    pub fn trust<U>(self, trust: U) -> TraceIdLayer<U> {
+    pub fn trust<U>(mut self, trust: U) -> TraceIdLayer<U> {
+        self.log.get_or_insert_default();
         self.with(trust)
     }
 
@@ -176,6 +182,7 @@ impl<T> TraceIdLayer<T> {
             sample_ratio: self.sample_ratio,
             trace_id_header: self.trace_id_header,
             on_span: self.on_span,
+            log: self.log,
             in_extensions: self.in_extensions,
             protocol: PhantomData,
         }
@@ -208,7 +215,8 @@ impl<T, P> TraceIdLayer<T, P> {
 
     /// Calls `hook` for each span before it is entered.
     pub fn on_span(mut self, hook: impl OnSpan) -> Self {
-        self.on_span = Some(Arc::new(hook));
+        let log = self.log.get_or_insert_default().clone();
+        self.on_span = Some(Arc::new(Logged { log, hook }));
         self
     }
 
@@ -238,6 +246,7 @@ impl<T: Clone, P> Clone for TraceIdLayer<T, P> {
             sample_ratio: self.sample_ratio,
             trace_id_header: self.trace_id_header.clone(),
             on_span: self.on_span.clone(),
+            log: self.log.clone(),
             in_extensions: self.in_extensions,
             protocol: PhantomData,
         }
@@ -307,7 +316,11 @@ where
             // Behind a buffer, say, where nothing is current.
             outer = carried.clone();
         }
-        let trust = call("trust", || layer.trust.choose_trust(&request)).unwrap_or_default();
+        let choose = || layer.trust.choose_trust(&request);
+        let trust = match &layer.log {
+            Some(log) => log.call("trust", choose).unwrap_or_default(),
+            None => choose(),
+        };
         let place = layer.begin(&outer, request.headers(), trust);
         if in_extensions {
             // Of nested layers an outer one may have made it, without this choice.

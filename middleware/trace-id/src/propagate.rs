@@ -1,12 +1,13 @@
 use std::{
     fmt,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
 use http::{Request, Uri};
 use pin_project_lite::pin_project;
-use tower_catch_unwind::call;
+use tower_catch_unwind::Log;
 use tower_layer::Layer;
 use tower_service::Service;
 use tracing::Span;
@@ -25,16 +26,18 @@ use crate::{TraceContext, context};
 /// see, so without `only` each gets them. Outside, it sees the first request alone, and it is the
 /// follower that decides which headers go on: tower-http's keeps these, unless its policy is
 /// `FilterCredentials::new().remove_all()`. hyper-util's client and tonic's channel follow none.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone)]
 pub struct PropagateLayer<A = ()> {
     allow: A,
+    // Where the panics of `allow` are told, if it is the user's.
+    log: Option<Arc<Log>>,
     b3: bool,
 }
 
 impl PropagateLayer {
     /// A layer that adds `traceparent`, `tracestate` and `x-request-id`, wherever the request goes.
     pub const fn new() -> Self {
-        Self { allow: (), b3: false }
+        Self { allow: (), log: None, b3: false }
     }
 }
 
@@ -45,13 +48,28 @@ impl<A> PropagateLayer<A> {
     /// Choose this for a client that calls hosts of others (W3C Trace Context Level 2, section
     /// "Information Exposure"), or that follows redirects.
     pub fn only<B>(self, allow: B) -> PropagateLayer<B> {
-        PropagateLayer { allow, b3: self.b3 }
+        PropagateLayer { allow, log: Some(Arc::default()), b3: self.b3 }
     }
 
     /// Also adds a `b3` header, for callees that know no other.
     pub const fn b3(mut self) -> Self {
         self.b3 = true;
         self
+    }
+}
+
+impl<A: Allow> PropagateLayer<A> {
+    fn allows(&self, uri: &Uri) -> bool {
+        match &self.log {
+            Some(log) => log.call("allow", || self.allow.allow(uri)).unwrap_or(false),
+            None => self.allow.allow(uri),
+        }
+    }
+}
+
+impl Default for PropagateLayer {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -98,8 +116,7 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let mut span = Span::none();
-        let allowed = call("allow", || self.layer.allow.allow(request.uri())).unwrap_or(false);
-        if !allowed {
+        if !self.layer.allows(request.uri()) {
             context::remove(request.headers_mut());
         } else if let Some(mut call) = TraceContext::current().map(|context| context.call()) {
             span = call.open_call();
