@@ -65,6 +65,24 @@
 //! | a bare `tokio::spawn` or `spawn_blocking`, axum's `on_upgrade` | no: move the handle in, or use `context.scope(future)` |
 //! | a `call` behind tower's `Buffer` | no: `.in_extensions()` and the extractor |
 //!
+//! # Hosts
+//!
+//! axum, hyper and tonic take the layers as they are. Tested besides, with the same layers:
+//!
+//! | host | layers | where they go | mind |
+//! |---|---|---|---|
+//! | warp 0.4 | HTTP | around `warp::service(filter)` | |
+//! | lambda_http 1.3 | HTTP | around what `run` gets | between two events Lambda freezes the process, tasks that drain too |
+//! | poem 3.1 | HTTP | around a service, which is an endpoint by `.compat()` | the body's error, as below |
+//! | poem 3.1 | plain | `endpoint.with(layers.compat())` | the response is over before its body is read; an error's text is the answer, so leave out [`CatchUnwindLayer`], or the client reads the message of a panic |
+//! | salvo 1.1 | HTTP | `router.hoop(layers.compat())` | its handlers run beside the layers: nothing is current, [`.in_extensions()`](TaskSetLayer::in_extensions) puts the set into the request, and [`CatchUnwindLayer`] sees no panic of theirs; the body's error |
+//! | tower-lsp 0.20 | plain | around the `LspService` | |
+//! | apalis 1.0 | plain | `WorkerBuilder::layer(layers)` | |
+//!
+//! *Plain* are the layers by their `.plain()`, where requests are not HTTP's. Where a host wants a
+//! body's error to be an `Error`, the outermost layer is tower's `MapResponseLayer` that makes it an
+//! `io::Error` with `io::Error::other`.
+//!
 //! # Features
 //!
 //! One for each module, all on by default. `axum` adds extractors and responses, through

@@ -1,0 +1,1 @@
+//! Other hosts of the same layers: see `tests`.
