@@ -1,8 +1,6 @@
 //! The same layers, unchanged, under whatever else accepts Tower layers: one test for each host,
 //! in which one call runs to its end and one is dropped.
 
-#![allow(clippy::unwrap_used)]
-
 use std::{
     convert::Infallible,
     future::{Future, pending},
@@ -55,7 +53,7 @@ struct Site {
 impl Site {
     fn new() -> Self {
         let tasks = TaskRegistry::new();
-        let shutdown = Shutdown::new(Duration::from_secs(60)).without_signals().tasks(&tasks);
+        let shutdown = Shutdown::new(Duration::from_mins(1)).without_signals().tasks(&tasks);
         Self { tasks, shutdown, ends: Ends::default() }
     }
 
