@@ -4,6 +4,7 @@
 #![expect(clippy::cast_precision_loss, reason = "no figure is that large")]
 
 use std::{
+    any::Any,
     fs,
     future::pending,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -18,7 +19,8 @@ use tokio::{
 };
 use tower_tasks::TaskRegistry;
 use tower_tasks_benches::{
-    Budgets, args, grouped, median, numbers_of, of_this_process, percentile, table,
+    Budgets, args, grouped, has_valgrind, median, numbers_of, of_this_process, on_all_cores,
+    percentile, table, this_program_under_callgrind, total_of,
 };
 
 use crate::ways::{Job, Ours, Task, Way, head, request, with_way};
@@ -35,6 +37,7 @@ fn main() {
             with_way(way, Live { shape, workers, tasks: number(tasks) });
         }
         ["limited", way, tasks] => limited(way, number(tasks)),
+        ["snapshot", sets] => drop(with_sets(number(sets)).registry.snapshot()),
         ["snapshots", QUIET, sets] => snapshots(number(sets), false),
         ["snapshots", _, sets] => snapshots(number(sets), true),
         _ => {
@@ -44,7 +47,11 @@ fn main() {
             resident(million, &mut budgets);
             cancelled(million, if quick { 3 } else { 7 }, &mut budgets);
             under_a_limit(million, if quick { 1 } else { 7 }, &mut budgets);
-            snapshot_of_many_sets("10000");
+            snapshot_of_many_sets("10000", if quick { 1 } else { 3 }, &mut budgets);
+            if has_valgrind() {
+                instructions_under_a_lock("10000", &mut budgets);
+                growth(million, &mut budgets);
+            }
             budgets.print();
         }
     }
@@ -64,8 +71,8 @@ fn runtime(workers: bool) -> Runtime {
     runtime.expect("a runtime")
 }
 
-/// Starts the tasks in one request, and prints the resident bytes that they take and the
-/// milliseconds until they are cancelled.
+/// Starts the tasks in one request, and prints the resident bytes that they take, and the
+/// milliseconds until they are cancelled and those until they were started.
 struct Live<'a> {
     shape: &'a str,
     workers: bool,
@@ -95,6 +102,7 @@ impl Live<'_> {
         let mut service = way.service(self.tasks, task);
         runtime(self.workers).block_on(async {
             let before = of_this_process("VmRSS");
+            let start = Instant::now();
             let response = head(&mut service).await;
             while POLLED.load(Ordering::Relaxed) < self.tasks {
                 if self.workers {
@@ -103,12 +111,14 @@ impl Live<'_> {
                     yield_now().await;
                 }
             }
+            let started = start.elapsed();
             let resident = of_this_process("VmRSS") - before;
             let start = Instant::now();
             way.cancel().await;
             let time = start.elapsed();
             drop(response);
-            println!("{} {}", resident / self.tasks as f64, time.as_secs_f64() * 1e3);
+            let [time, started] = [time, started].map(|time| time.as_secs_f64() * 1e3);
+            println!("{} {time} {started}", resident / self.tasks as f64);
         });
     }
 }
@@ -159,35 +169,42 @@ fn resident(tasks: &str, budgets: &mut Budgets) {
 fn cancelled(tasks: &str, rounds: usize, budgets: &mut Budgets) {
     let ways = ["JoinSet", "by hand + permit", "ours"];
     let threads = [CURRENT, WORKERS];
-    let mut times = vec![Vec::new(); ways.len() * threads.len()];
+    let mut cancelled = vec![Vec::new(); ways.len() * threads.len()];
+    let mut started = cancelled.clone();
     for _ in 0..rounds {
         let cells = ways.iter().flat_map(|way| threads.map(|threads| (*way, threads)));
-        for (times, (way, threads)) in times.iter_mut().zip(cells) {
-            times.push(numbers_of(&["live", way, "pending", threads, tasks])[1]);
+        for (at, (way, threads)) in cells.enumerate() {
+            let numbers = numbers_of(&["live", way, "pending", threads, tasks]);
+            cancelled[at].push(numbers[1]);
+            started[at].push(numbers[2]);
         }
     }
-    let mut rows = Vec::new();
-    for (way, times) in ways.iter().zip(times.chunks(threads.len())) {
-        let cell = |times: &Vec<f64>| {
-            format!(
-                "{:.0} ({:.0} to {:.0})",
-                median(times),
-                percentile(times, 0.0),
-                percentile(times, 100.0)
-            )
+    let tasks = number(tasks);
+    for (what, name, times, most) in [
+        (format!("start {tasks} tasks, to the last first poll"), "start", started, 1.5),
+        (
+            format!("cancel {tasks} pending tasks, to the last destructor"),
+            "cancel",
+            cancelled,
+            0.85,
+        ),
+    ] {
+        let row = |(way, times): (&&str, &[Vec<f64>])| {
+            let cell = |times: &Vec<f64>| {
+                let [least, most] = [0.0, 100.0].map(|percent| percentile(times, percent));
+                format!("{:.0} ({least:.0} to {most:.0})", median(times))
+            };
+            [(*way).to_owned()].into_iter().chain(times.iter().map(cell)).collect()
         };
-        rows.push([(*way).to_owned()].into_iter().chain(times.iter().map(cell)).collect());
-    }
-    let heads: Vec<_> = [""].into_iter().chain(threads).collect();
-    let title = format!(
-        "Milliseconds to cancel {} pending tasks, to the last destructor: medians of {rounds} \
-         rounds in turn (least to most)",
-        number(tasks)
-    );
-    table(&title, &heads, &rows);
-    for (column, threads) in threads.iter().enumerate() {
-        let ratio = median(&times[4 + column]) / median(&times[column]);
-        budgets.most(&format!("ours: time to cancel, {threads}, of JoinSet"), ratio, 0.85, 2);
+        let rows: Vec<_> = ways.iter().zip(times.chunks(threads.len())).map(row).collect();
+        let heads: Vec<_> = [""].into_iter().chain(threads).collect();
+        let title =
+            format!("Milliseconds to {what}: medians of {rounds} rounds in turn (least to most)");
+        table(&title, &heads, &rows);
+        for (column, threads) in threads.iter().enumerate() {
+            let ratio = median(&times[4 + column]) / median(&times[column]);
+            budgets.most(&format!("ours: time to {name}, {threads}, of JoinSet"), ratio, most, 2);
+        }
     }
 }
 
@@ -226,21 +243,33 @@ fn under_a_limit(tasks: &str, rounds: usize, budgets: &mut Budgets) {
     budgets.most(what, time / hand_time, 1.25, 2);
 }
 
-/// One thread serves requests with a task each while many others are open; another may take one
-/// snapshot after another. Prints milliseconds of the median and the longest snapshot, how many
-/// requests were served in a second, and the microseconds that they took: median, 99.9 % and most.
-fn snapshots(sets: usize, snapshots: bool) {
-    const TIME: Duration = Duration::from_secs(3);
+/// Requests with three tasks each that stay open, all made by one thread: they share a lock.
+fn with_sets(sets: usize) -> WithSets {
     let registry = TaskRegistry::new();
     let way = Ours::new(registry.clone());
     let runtime = runtime(false);
-    let mut held = Vec::new();
     let mut open = way.service(3, pending::<()>);
-    for _ in 0..sets {
-        held.push(runtime.block_on(head(&mut open)));
-    }
+    let held = (0..sets).map(|_| -> Box<dyn Any> { Box::new(runtime.block_on(head(&mut open))) });
+    WithSets { _held: held.collect(), registry, way, runtime }
+}
+
+struct WithSets {
+    _held: Vec<Box<dyn Any>>,
+    registry: TaskRegistry,
+    way: Ours,
+    runtime: Runtime,
+}
+
+/// One thread serves requests with a task each, and spawns besides, at the very lock that many
+/// others share which are open; another may take one snapshot after another. Prints milliseconds of
+/// the median and the longest snapshot, how many requests were served in a second, and the
+/// microseconds that they and the spawns took: 99.9 % and most.
+fn snapshots(sets: usize, snapshots: bool) {
+    const TIME: Duration = Duration::from_secs(3);
+    let with_sets = with_sets(sets);
+    let WithSets { registry, way, runtime, .. } = &with_sets;
     let stop = AtomicBool::new(false);
-    let (times, waits) = thread::scope(|scope| {
+    let (times, requests, spawns) = thread::scope(|scope| {
         let snapshots = scope.spawn(|| {
             let mut times = Vec::new();
             while snapshots && !stop.load(Ordering::Relaxed) {
@@ -251,35 +280,49 @@ fn snapshots(sets: usize, snapshots: bool) {
             }
             times
         });
-        let mut waits = Vec::new();
+        let (mut requests, mut spawns) = (Vec::new(), Vec::new());
         runtime.block_on(async {
             let mut service = way.service(1, || async {});
-            let start = Instant::now();
-            while start.elapsed() < TIME {
+            let begin = Instant::now();
+            while begin.elapsed() < TIME {
                 let start = Instant::now();
                 request(&mut service).await;
-                waits.push(start.elapsed().as_secs_f64() * 1e6);
+                requests.push(start.elapsed().as_secs_f64() * 1e6);
+                let start = Instant::now();
+                registry.spawn("task", async {}).expect("nothing is full or closed");
+                spawns.push(start.elapsed().as_secs_f64() * 1e6);
                 yield_now().await;
             }
         });
         stop.store(true, Ordering::Relaxed);
-        (snapshots.join().expect("no panic"), waits)
+        (snapshots.join().expect("no panic"), requests, spawns)
     });
     let times = if times.is_empty() { vec![0.0] } else { times };
     println!(
-        "{} {} {} {} {} {}",
+        "{} {} {} {} {} {} {}",
         median(&times),
         percentile(&times, 100.0),
-        waits.len() as f64 / TIME.as_secs_f64(),
-        median(&waits),
-        percentile(&waits, 99.9),
-        percentile(&waits, 100.0),
+        requests.len() as f64 / TIME.as_secs_f64(),
+        percentile(&requests, 99.9),
+        percentile(&requests, 100.0),
+        percentile(&spawns, 99.9),
+        percentile(&spawns, 100.0),
     );
 }
 
-fn snapshot_of_many_sets(sets: &str) {
-    let row = |kind: &str| {
-        let numbers = numbers_of(&["snapshots", kind, sets]);
+fn snapshot_of_many_sets(sets: &str, rounds: usize, budgets: &mut Budgets) {
+    let kinds = [QUIET, "with snapshots"];
+    let mut figures = [const { Vec::new() }; 2];
+    for _ in 0..rounds {
+        for (figures, kind) in figures.iter_mut().zip(kinds) {
+            figures.push(numbers_of(&["snapshots", kind, sets]));
+        }
+    }
+    let figures = figures.map(|rounds: Vec<Vec<f64>>| {
+        let of_rounds = |at| median(&rounds.iter().map(|numbers| numbers[at]).collect::<Vec<_>>());
+        (0..rounds[0].len()).map(of_rounds).collect::<Vec<_>>()
+    });
+    let row = |(kind, numbers): (&str, &Vec<f64>)| {
         let mut row = vec![kind.to_owned()];
         row.extend(numbers.iter().enumerate().map(|(at, number)| match at {
             2 => grouped(*number),
@@ -288,12 +331,68 @@ fn snapshot_of_many_sets(sets: &str) {
         }));
         row
     };
+    let rows: Vec<_> = kinds.into_iter().zip(&figures).map(row).collect();
+    let sets = number(sets);
     table(
         &format!(
-            "Snapshots of {} sets with 3 tasks each, one after another without a pause",
-            number(sets)
+            "Snapshots of {sets} sets with 3 tasks each, one after another without a pause: \
+             medians of {rounds} rounds in turn"
         ),
-        &["", "snapshot, ms", "longest", "requests/s meanwhile", "each, µs", "99.9 %", "longest"],
-        &[row(QUIET), row("with snapshots")],
+        &[
+            "",
+            "snapshot, ms",
+            "longest",
+            "requests/s meanwhile",
+            "each, 99.9 %, µs",
+            "longest",
+            "a spawn, 99.9 %, µs",
+            "longest",
+        ],
+        &rows,
+    );
+    // The longest is how long others had the processor, with snapshots and without.
+    let what = format!("snapshots of {sets} sets: µs of 99.9 % of spawns (noise-prone)");
+    budgets.most(&what, figures[1][5], 1000.0, 0);
+}
+
+/// The longest that a snapshot does under one lock: all of the sets are in one shard.
+fn instructions_under_a_lock(sets: &str, budgets: &mut Budgets) {
+    let mut command = this_program_under_callgrind();
+    command.env("VALGRIND_OPTS", "--toggle-collect=*Sets::for_snapshot*");
+    let output = command.args(["snapshot", sets]).output().expect("valgrind runs");
+    let total = total_of(&output.stderr);
+    assert!(total > 0.0, "the function is there");
+    // A millisecond, of a slow processor.
+    let what = format!("a snapshot of {} sets: instructions under one lock", number(sets));
+    budgets.most(&what, total, 1e6, 0);
+}
+
+/// Instructions per task, to start and to cancel them, do not grow with the number of tasks. If any
+/// of it recursed by task, a million would overflow the stack.
+fn growth(most: &str, budgets: &mut Budgets) {
+    let mut counts = vec!["0", "10000", "100000", "1000000"];
+    counts.retain(|count| count.len() <= most.len());
+    let totals = on_all_cores(&counts, |count| {
+        let mut command = this_program_under_callgrind();
+        let output = command.args(["live", "ours", "pending", CURRENT, count]).output();
+        total_of(&output.expect("valgrind runs").stderr)
+    });
+    let tasks = counts.iter().map(|count| count.parse::<f64>().expect("a number"));
+    let each = tasks.zip(&totals).skip(1).map(|(tasks, total)| (total - totals[0]) / tasks);
+    let each: Vec<_> = each.collect();
+    let heads = counts.iter().skip(1).map(|count| number(count));
+    let heads: Vec<_> = [String::new()].into_iter().chain(heads).collect();
+    let row = ["ours".to_owned()].into_iter().chain(each.iter().map(|each| grouped(*each)));
+    table(
+        "Instructions per pending task, from its start to its end, by tasks in one request",
+        &heads,
+        &[row.collect()],
+    );
+    let ratio = percentile(&each, 100.0) / percentile(&each, 0.0);
+    budgets.most(
+        "ours: instructions per task, the count with most of that with least",
+        ratio,
+        1.1,
+        3,
     );
 }

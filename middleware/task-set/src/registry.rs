@@ -15,7 +15,7 @@ use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 
 use crate::{
     AtEnd, FailFast, Group, Observe, OnPanic, Snapshot, StopToken, TaskHandle,
-    ledger::Base,
+    ledger::{Base, ForcedTasks},
     lifetime::Policy,
     reaper::Runtime,
     set::{Refusal, Set, Ticket},
@@ -453,6 +453,22 @@ struct Sets {
     runtime: Option<Arc<Runtime>>,
 }
 
+impl Sets {
+    /// All that a snapshot does under the lock. Never inlined, for a bench counts its instructions.
+    #[inline(never)]
+    #[expect(clippy::type_complexity, reason = "taken apart where it is called")]
+    fn for_snapshot(&self) -> (Vec<(&'static str, crate::Counts)>, ForcedTasks, Vec<Arc<Set>>) {
+        (self.base.counts(), self.base.forced.clone(), self.listed())
+    }
+
+    fn listed(&self) -> Vec<Arc<Set>> {
+        // Not grown step by step, for the lock is held.
+        let mut sets = Vec::with_capacity(self.listed.len());
+        sets.extend(self.listed.iter().flatten().cloned());
+        sets
+    }
+}
+
 /// A set's place in its owner.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
@@ -626,9 +642,7 @@ impl Owner {
 
     /// The sets that are not over.
     pub(crate) fn sets(&self) -> Vec<Arc<Set>> {
-        let sets =
-            |shard: &Shard| lock(&shard.0).listed.iter().flatten().cloned().collect::<Vec<_>>();
-        self.shards.iter().flat_map(sets).collect()
+        self.shards.iter().flat_map(|shard| lock(&shard.0).listed()).collect()
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -638,8 +652,7 @@ impl Owner {
             let (base, forced, readings) = loop {
                 let sets = lock(&shard.0);
                 let folds = sets.folds;
-                let (base, forced) = (sets.base.counts(), sets.base.forced.clone());
-                let listed: Vec<_> = sets.listed.iter().flatten().cloned().collect();
+                let (base, forced, listed) = sets.for_snapshot();
                 drop(sets);
                 // A set that retires from now on is not in this base, and keeps its counts.
                 let readings: Vec<_> = listed.iter().map(|set| set.read()).collect();
