@@ -119,7 +119,7 @@ impl Panic {
     #[cold]
     pub fn new(payload: Box<dyn Any + Send>) -> Self {
         let panic = Self::of(&*payload);
-        contain(|| drop(payload));
+        discard(payload);
         panic
     }
 
@@ -243,17 +243,18 @@ impl std::error::Error for Panic {}
 
 fn current_ids() -> (Option<TraceId>, Option<RequestId>) {
     // A value that the task inherits is made by user code, perhaps only now.
-    let ids = contain(|| {
+    let ids = catch_unwind(AssertUnwindSafe(|| {
         let context = RequestContext::current();
         (context.get().copied(), context.get().cloned())
-    });
-    ids.unwrap_or_default()
+    }));
+    ids.map_err(discard).unwrap_or_default()
 }
 
-/// What `f` yields, unless it panics. The payload is leaked: its drop may panic as well, and so on
+/// Drops a payload. If that panics, the second one is leaked: its drop may panic as well, and so on
 /// for ever (rust-lang/rust#86027).
-fn contain<R>(f: impl FnOnce() -> R) -> Option<R> {
-    catch_unwind(AssertUnwindSafe(f)).map_err(mem::forget).ok()
+fn discard(payload: Box<dyn Any + Send>) {
+    let dropped = catch_unwind(AssertUnwindSafe(|| drop(payload)));
+    dropped.unwrap_or_else(mem::forget);
 }
 
 /// What a panic with this payload says, short and escaped.

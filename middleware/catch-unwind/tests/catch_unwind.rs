@@ -511,6 +511,26 @@ fn a_value_that_panics_while_it_is_inherited_costs_the_ids_and_not_the_outcome()
 }
 
 #[test]
+fn what_such_a_value_panics_with_is_dropped() {
+    /// Is asked for the ids where a panic is caught.
+    struct Throws(Arc<AtomicU32>);
+    impl Inherit for Throws {
+        fn inherit(&self, _: &Task) -> Self {
+            Self(self.0.clone())
+        }
+        fn part(&self, _: TypeId) -> Option<&dyn Any> {
+            throw(self.0.clone())
+        }
+    }
+    let count = Arc::<AtomicU32>::default();
+    let context = RequestContext::new().with_inherited(Throws(count.clone()));
+    let panic = context.sync_scope(|| catch(|| throw("here"))).unwrap_err();
+    assert_eq!((panic.message(), panic.trace_id()), ("here", None));
+    // That of the context went with the scope.
+    assert_eq!(Arc::strong_count(&count), 1);
+}
+
+#[test]
 fn the_thread_is_named_if_it_has_a_name() {
     let caught = |thread: thread::Builder| {
         let thread = thread.spawn(|| catch(|| throw("here")).unwrap_err());

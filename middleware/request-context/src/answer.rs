@@ -249,12 +249,14 @@ fn is_name(text: &[u8], name: &[u8]) -> bool {
 }
 
 fn current_ids() -> (Option<TraceId>, Option<RequestId>) {
-    // A part of a value: the code of others. A payload's drop may panic as well.
+    // A part of a value: the code of others.
     let ids = catch_unwind(AssertUnwindSafe(|| {
         let context = RequestContext::current();
         (context.get().copied(), context.get().cloned())
     }));
-    ids.map_err(mem::forget).unwrap_or_default()
+    // The drop of a payload may panic as well, and so on for ever: the second one is leaked.
+    let discard = |payload| catch_unwind(AssertUnwindSafe(|| drop(payload))).map_err(mem::forget);
+    ids.map_err(discard).unwrap_or_default()
 }
 
 /// RFC 8259, section 7.
@@ -286,7 +288,14 @@ fn percent_encode(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        any::{Any, TypeId},
+        panic::resume_unwind,
+        sync::Arc,
+    };
+
     use super::*;
+    use crate::{Inherit, Task};
 
     const ODD: Answer = Answer::new(StatusCode::IM_A_TEAPOT, 2, "50 % \"tea\"\n\\ é");
 
@@ -325,6 +334,24 @@ mod tests {
         let response = context.sync_scope(|| ODD.response(Dialect::default()));
         let body = String::from_utf8(response.into_body().to_vec()).expect("it is UTF-8");
         assert!(body.ends_with(&format!(r#","trace_id":"{trace_id}"}}"#)), "{body}");
+    }
+
+    #[test]
+    fn an_answer_without_ids_leaks_nothing_of_the_panic_that_has_cost_them() {
+        struct Throws(Arc<()>);
+        impl Inherit for Throws {
+            fn inherit(&self, _: &Task) -> Self {
+                Self(self.0.clone())
+            }
+            fn part(&self, _: TypeId) -> Option<&dyn Any> {
+                resume_unwind(Box::new(self.0.clone()))
+            }
+        }
+        let count = Arc::new(());
+        let context = RequestContext::new().with_inherited(Throws(count.clone()));
+        let response = context.sync_scope(|| ODD.response(Dialect::default()));
+        assert!(!String::from_utf8_lossy(response.body()).contains("trace_id"));
+        assert_eq!(Arc::strong_count(&count), 1);
     }
 
     #[test]
