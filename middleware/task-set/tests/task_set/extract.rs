@@ -1,6 +1,9 @@
 //! The set as an extractor, and a refusal as a response.
 
-use axum_core::{extract::FromRequestParts, response::IntoResponse};
+use axum_core::{
+    extract::{FromRequestParts, OptionalFromRequestParts},
+    response::IntoResponse,
+};
 use bytes::Bytes;
 use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty};
@@ -14,7 +17,7 @@ use crate::support::*;
 type Answer = Result<Response<Empty<Bytes>>, Broken>;
 
 async fn extract(request: Request<()>) -> Result<TaskSet, NoTaskSet> {
-    TaskSet::from_request_parts(&mut request.into_parts().0, &()).await
+    <TaskSet as FromRequestParts<()>>::from_request_parts(&mut request.into_parts().0, &()).await
 }
 
 #[expect(clippy::unnecessary_wraps)] // It is what services return.
@@ -111,6 +114,26 @@ async fn without_a_set_the_rejection_names_the_remedies() {
     let body = response.into_body().collect().await.unwrap().to_bytes();
     assert_eq!(body, text);
     assert!(text.contains("`TaskSetLayer`") && text.contains("`.in_extensions()`"), "{text}");
+}
+
+#[tokio::test]
+async fn who_can_do_without_a_set_is_told_whether_there_is_one() {
+    async fn extract(request: Request<()>) -> Option<TaskSet> {
+        let parts = &mut request.into_parts().0;
+        let Ok(set) =
+            <TaskSet as OptionalFromRequestParts<()>>::from_request_parts(parts, &()).await;
+        set
+    }
+    assert!(extract(Request::new(())).await.is_none());
+    let tasks = TaskRegistry::new();
+    let service = ServiceBuilder::new().layer(TaskSetLayer::new(&tasks)).service_fn(
+        |request: Request<()>| async {
+            extract(request).await.unwrap().spawn("task", async {}).unwrap();
+            answer()
+        },
+    );
+    service.oneshot(Request::new(())).await.unwrap();
+    assert_eq!(tasks.snapshot().totals.spawned, 1);
 }
 
 #[tokio::test]

@@ -304,7 +304,7 @@ async fn an_error_that_nobody_takes_may_panic_when_it_is_dropped() {
     let first = group.spawn("first", async move { Err::<(), _>(bomb()) });
     let Err(GroupError::Failed { task, error }) = group.wait().await else { panic!() };
     assert_eq!(task, "first");
-    std::mem::forget(error);
+    leak(error);
     for task in [first.unwrap(), second.unwrap()] {
         assert!(matches!(task.await, Err(TaskError::Failed)));
     }

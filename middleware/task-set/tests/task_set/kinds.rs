@@ -72,7 +72,7 @@ fn tasks_run_on_the_runtime_of_the_registry_from_wherever_they_are_spawned() {
                 handles.push(into.spawn(kind, || Handle::current().id()).unwrap());
             }
             // The drop of a group would tell them to end.
-            std::mem::forget(into);
+            leak(into);
         }
         handles
     };
@@ -323,7 +323,7 @@ fn no_value_and_no_span_of_a_request_is_seen_in_another() {
         });
         drop(beside);
         assert!(bare(), "where they are spawned");
-        std::mem::forget(group);
+        leak(group);
     }
     for task in all {
         assert_eq!(runtime.block_on(outcome(task)), COMPLETED);

@@ -168,7 +168,7 @@ async fn an_age_is_counted_from_the_first_await_to_16_ms() {
 async fn a_name_is_one_wherever_it_is_used_and_wherever_its_text_is() {
     let tasks = TaskRegistry::new();
     let request = serve(&TaskSetLayer::new(&tasks));
-    let copies = [leak("task"), leak("task")];
+    let copies: [&str; 2] = [leak("task".to_owned()), leak("task".to_owned())];
     assert!(!std::ptr::eq(copies[0], copies[1]));
     for name in [copies[0], copies[1], "task"] {
         request.set.spawn(name, async {}).unwrap();
@@ -188,13 +188,9 @@ async fn a_name_is_one_wherever_it_is_used_and_wherever_its_text_is() {
     assert_eq!(tasks.snapshot().by_name["task"].cancelled, 3);
 }
 
-fn leak(name: &str) -> &'static str {
-    Box::leak(name.to_owned().into_boxed_str())
-}
-
 #[tokio::test]
 async fn names_beyond_1024_are_counted_as_other() {
-    let names: Vec<_> = (0..1_100).map(|n| leak(&format!("name {n}"))).collect();
+    let names: Vec<_> = (0..1_100).map(|n| leak(format!("name {n}")).as_str()).collect();
     for in_one_set in [true, false] {
         let tasks = TaskRegistry::new();
         let layer = TaskSetLayer::new(&tasks);
@@ -229,7 +225,7 @@ async fn names_beyond_1024_are_counted_as_other() {
 
 #[tokio::test]
 async fn a_set_of_many_names_and_places_finds_each() {
-    let names: Vec<_> = (0..100).map(|n| leak(&format!("name {n}"))).collect();
+    let names: Vec<_> = (0..100).map(|n| leak(format!("name {n}")).as_str()).collect();
     let tasks = TaskRegistry::new();
     let request = serve(&TaskSetLayer::new(&tasks));
     for _ in 0..3 {

@@ -183,7 +183,7 @@ async fn a_task_with_a_permit_never_waits_for_one() {
     let (tasks, served) = limited(&limit);
     let other = SpawnLimit::new(0);
     let elsewhere = TaskRegistry::new().limit(other.clone());
-    let outside: &'static TaskRegistry = Box::leak(Box::new(elsewhere.clone()));
+    let outside: &'static TaskRegistry = leak(elsewhere.clone());
     let (set, start) = (served.set.clone(), Instant::now());
     let made_outside = Box::pin(outside.task("made outside").spawn_within(secs(9), forever()));
     let task = async move {
@@ -428,7 +428,9 @@ async fn a_permit_comes_back_once_however_a_task_ends() {
         ("its abort handle", Box::pin(forever()), |_, handle| handle.cancel_handle().cancel()),
         ("the end of all", Box::pin(forever()), |tasks, _| tasks.cancel_all()),
         ("an abort of all", Box::pin(forever()), |tasks, _| tasks.abort_all()),
-        ("a forgotten handle", quiet(|| ()), |_, handle| std::mem::forget(handle)),
+        ("a forgotten handle", quiet(|| ()), |_, handle| {
+            leak(handle);
+        }),
     ];
     for (way, future, end) in ways {
         let (process, service) = (SpawnLimit::new(1).per_request(1), SpawnLimit::new(1));

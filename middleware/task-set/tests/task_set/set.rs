@@ -452,10 +452,10 @@ async fn what_is_leaked_harms_nobody() {
     let tasks = TaskRegistry::new().limit(SpawnLimit::new(2));
     let layer = TaskSetLayer::new(&tasks).at_end(AtEnd::Cancel);
     let request = serve(&layer);
-    mem::forget(request.set.clone());
-    mem::forget(request.set.spawn("leaked handle", forever()).unwrap());
+    leak(request.set.clone());
+    leak(request.set.spawn("leaked handle", forever()).unwrap());
     let leaked_hold = serve(&layer);
-    mem::forget(leaked_hold.set.hold());
+    leak(leaked_hold.set.hold());
     leaked_hold.set.spawn("leaked hold", forever()).unwrap();
     request.end(End::Completed);
     leaked_hold.end(End::Completed);

@@ -1,4 +1,5 @@
 use std::{
+    error::Error,
     future::pending,
     sync::{Arc, Mutex},
     time::Duration,
@@ -207,6 +208,20 @@ async fn without_http_what_keeps_it_from_an_answer_is_an_error() {
     settle().await;
     let told = inner(stuck.await);
     assert!(matches!(told, Err(ShieldError::Task(TaskError::Cancelled(Cause::Shutdown)))));
+    // A box of the service's own error is that error, whatever is between.
+    for (error, expected) in [
+        (ShieldError::Inner(Broken), Broken.to_string()),
+        (ShieldError::Refused(SpawnError::Full), SpawnError::Full.to_string()),
+        (
+            ShieldError::Task(TaskError::Cancelled(Cause::Shutdown)),
+            TaskError::Cancelled(Cause::Shutdown).to_string(),
+        ),
+    ] {
+        assert_eq!(error.to_string(), expected);
+        let is_inner = matches!(error, ShieldError::Inner(_));
+        let boxed = Box::<dyn Error + Send + Sync>::from(error);
+        assert_eq!((boxed.to_string(), boxed.is::<Broken>()), (expected, is_inner));
+    }
     let alone = ShieldLayer::new("job").plain().layer(service_fn(async |()| Ok::<_, Broken>(())));
     assert!(matches!(alone.oneshot(()).await, Err(ShieldError::NoTaskSet(_))));
 }

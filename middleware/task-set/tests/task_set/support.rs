@@ -1,4 +1,5 @@
 use std::{
+    any::Any,
     fmt::{self, Write},
     future::{Future, pending, ready},
     panic::{AssertUnwindSafe, catch_unwind},
@@ -255,6 +256,14 @@ pub(crate) fn gate() -> (oneshot::Sender<()>, impl Future<Output = ()> + Send) {
 
 pub(crate) fn forever() -> impl Future<Output = ()> + Send {
     pending()
+}
+
+/// Never drops it. A leak check finds it all the same.
+pub(crate) fn leak<T: Any + Send + Sync>(value: T) -> &'static T {
+    static LEAKED: Mutex<Vec<&'static (dyn Any + Send + Sync)>> = Mutex::new(Vec::new());
+    let value: &'static T = Box::leak(Box::new(value));
+    LEAKED.lock().unwrap().push(value);
+    value
 }
 
 /// Says whether it was dropped.
