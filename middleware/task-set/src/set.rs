@@ -533,8 +533,16 @@ impl Set {
     }
 
     /// Forgets a deadline that was [noted](Self::note).
+    #[inline]
     fn forget(&self, key: Option<Key>) {
-        if let (Some(key), Some(runtime)) = (key, self.runtime()) {
+        if let Some(key) = key {
+            self.forget_noted(key);
+        }
+    }
+
+    #[inline(never)]
+    fn forget_noted(&self, key: Key) {
+        if let Some(runtime) = self.runtime() {
             runtime.remove(key);
         }
     }
@@ -624,8 +632,10 @@ impl Set {
         if is_shutdown && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
             inner.note_forced(slot, self.born, outcome);
         }
-        // It may have been told something after all that was its own had ended.
-        self.forget(inner.extras.remove(&slot).and_then(|extra| extra.grace_key));
+        if !inner.extras.is_empty() {
+            // It may have been told something after all that was its own had ended.
+            self.forget(inner.extras.remove(&slot).and_then(|extra| extra.grace_key));
+        }
         let waker = inner.count_out(slot, outcome);
         let share = inner.share().cloned();
         if inner.live == 0 {
@@ -1025,7 +1035,15 @@ impl Set {
     }
 
     /// Does what is left to do when tasks were told something, now that the lock is released.
+    #[inline]
     fn spread(&self, news: News) {
+        if news.told || news.earliest.is_some() || !news.stops.is_empty() {
+            self.spread_now(news);
+        }
+    }
+
+    #[inline(never)]
+    fn spread_now(&self, news: News) {
         if let (Some(at), Some(runtime)) = (news.earliest, self.runtime()) {
             runtime.wind(at);
         }

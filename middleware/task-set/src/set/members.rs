@@ -385,6 +385,10 @@ impl Inner {
 
     #[inline(never)]
     fn other_kind(&mut self, plan: &Plan<'_>) -> u16 {
+        if self.kinds.is_empty() {
+            self.kinds.push(Kind::new(plan.name, plan.site));
+            return 0;
+        }
         let index = self.rare.as_ref().and_then(|rare| rare.index.as_ref());
         let found = match index {
             None => self.kinds.iter().position(|kind| kind.is(plan.name, plan.site)),
@@ -447,10 +451,11 @@ impl Inner {
         self.take_slot(kind, since)
     }
 
-    /// Makes some free entries.
+    /// Makes some free entries; at first one, for many a set has one task.
     fn grow(&mut self) {
         /// What nobody uses yet costs memory.
         const MOST: usize = 64;
+        let most = if self.tasks.is_empty() { 1 } else { MOST };
         if self.tasks.len() == self.tasks.capacity() {
             // By four and not by two: to move the entries is most of what a task among many costs
             // its set.
@@ -458,7 +463,7 @@ impl Inner {
         }
         // A million tasks are some 300 MB: there are no 4 billion.
         let begin = u32::try_from(self.tasks.len()).unwrap_or(NONE);
-        let more = (self.tasks.capacity() - self.tasks.len()).min(MOST);
+        let more = (self.tasks.capacity() - self.tasks.len()).min(most);
         let free = |since| Entry { waker: None, since, kind: FREE, generation: 0 };
         self.tasks.extend((begin + 1..).take(more).map(free));
         if let Some(last) = self.tasks.last_mut() {
