@@ -72,7 +72,7 @@
 //! | host | layers | where they go | mind |
 //! |---|---|---|---|
 //! | warp 0.4 | HTTP | around `warp::service(filter)` | |
-//! | lambda_http 1.3 | HTTP | around what `run` gets | between two events Lambda freezes the process, tasks that drain too |
+//! | `lambda_http` 1.3 | HTTP | around what `run` gets | between two events Lambda freezes the process, tasks that drain too |
 //! | poem 3.1 | HTTP | around a service, which is an endpoint by `.compat()` | the body's error, as below |
 //! | poem 3.1 | plain | `endpoint.with(layers.compat())` | the response is over before its body is read; an error's text is the answer, so leave out [`CatchUnwindLayer`], or the client reads the message of a panic |
 //! | salvo 1.1 | HTTP | `router.hoop(layers.compat())` | its handlers run beside the layers: nothing is current, [`.in_extensions()`](TaskSetLayer::in_extensions) puts the set into the request, and [`CatchUnwindLayer`] sees no panic of theirs; the body's error |
