@@ -36,7 +36,6 @@ impl New<'_> {
         }
     }
 
-    /// A group does not wait.
     pub(crate) async fn spawn_within<F>(
         self,
         wait: Duration,
@@ -46,9 +45,9 @@ impl New<'_> {
         F: Future<Output = ()> + Send + 'static,
     {
         match self {
-            Self::Set(new) => new.spawn_within(wait, future).await.map_err(SpawnError::from),
-            Self::Registry(new) => new.spawn_within(wait, future).await.map_err(SpawnError::from),
-            Self::Group(new) => new.spawn(future).map_err(SpawnError::from),
+            Self::Set(new) => new.within(wait).spawn(future).await.map_err(SpawnError::from),
+            Self::Registry(new) => new.within(wait).spawn(future).await.map_err(SpawnError::from),
+            Self::Group(new) => new.within(wait).spawn(future).await.map_err(SpawnError::from),
         }
     }
 

@@ -1,23 +1,25 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    future::poll_fn,
     ops::Deref,
-    pin::Pin,
-    sync::Arc,
+    pin::{Pin, pin},
+    sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
     thread,
 };
 
 use pin_project_lite::pin_project;
 use tower_catch_unwind::{Panic, catch};
-use tower_spawn_limit::{Refused, SpawnError};
+use tower_spawn_limit::{Level, Refused, SpawnError, SpawnLimit};
 
 use crate::{
     Cause, NewTask, StopToken, TaskError, TaskHandle,
-    set::{Set, Ticket},
-    sync::{Mutex, Notify, lock},
+    set::{Refusal, Set, Ticket},
+    sync::{Mutex, Notify, OwnedNotified, lock},
     task::{Canceller, Tracked},
     task_set::{Plan, TaskOwner},
+    within::Line,
 };
 
 /// Tasks that end together: dropped, it tells them to end.
@@ -106,11 +108,17 @@ impl<E: Send + 'static> Group<FailFast<E>> {
 }
 
 impl<J> Group<J> {
-    /// At most `limit` of its tasks at once: what is too many is refused. 0 refuses all.
+    /// At most `limit` of its tasks at once: what is too many is refused, or
+    /// [waits](crate::NewTask::within). 0 refuses all.
     ///
-    /// Choose it by what the other side of the tasks can take at once.
+    /// A task of a group with a limit is as one with a permit: it [does not
+    /// wait](tower_spawn_limit::Level) where a limit is full. What it spawns elsewhere
+    /// [may](crate#limits).
+    ///
+    /// Choose it by what the other side of the tasks can take at once, and before the first is
+    /// spawned: those from before it do not count.
     pub fn limit(self, limit: usize) -> Self {
-        lock(&self.0.shared.state).limit = limit;
+        self.0.shared.limit.get_or_init(|| SpawnLimit::new(limit)).set_limit(limit);
         self
     }
 
@@ -238,8 +246,34 @@ impl<J> GroupHandle<J> {
     }
 
     pub(crate) fn admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket, Seat), SpawnError> {
+        self.shared.admit(plan).map_err(Refusal::reason)
+    }
+}
+
+impl<J> Line for GroupHandle<J> {
+    type Place = (Arc<Set>, Ticket, Seat);
+
+    fn try_enter(&self, plan: &Plan<'_>) -> Result<Self::Place, Refusal> {
         self.shared.admit(plan)
     }
+
+    fn changed(&self) -> impl Future<Output = ()> + Send {
+        let own = lock(&self.shared.state).changed.get_or_insert_default().clone();
+        either(own.notified_owned(), self.shared.owner.changed())
+    }
+
+    fn count_refused(&self, plan: &Plan<'_>) {
+        self.shared.owner.count_refused(plan);
+    }
+}
+
+async fn either(one: OwnedNotified, other: OwnedNotified) {
+    let (mut one, mut other) = (pin!(one), pin!(other));
+    poll_fn(|cx| match one.as_mut().poll(cx) {
+        Poll::Ready(()) => Poll::Ready(()),
+        Poll::Pending => other.as_mut().poll(cx),
+    })
+    .await;
 }
 
 impl<J: Clone> GroupHandle<J> {
@@ -401,12 +435,12 @@ struct Shared {
     owner: Box<dyn TaskOwner>,
     /// Of a group that fails fast.
     first: Option<Arc<dyn Lose>>,
+    limit: OnceLock<SpawnLimit>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    limit: usize,
     /// Tasks, and those that are about to be.
     live: usize,
     members: BTreeMap<u64, Canceller>,
@@ -414,33 +448,51 @@ struct State {
     /// It takes no more: whoever is about to come in is told this.
     closed: Option<Cause>,
     empty: Option<Arc<Notify>>,
+    /// For those who wait to come in: told when that is for nothing.
+    changed: Option<Arc<Notify>>,
 }
 
 impl Shared {
     fn new(owner: impl TaskOwner, first: Option<Arc<dyn Lose>>) -> Arc<Self> {
-        let state = Mutex::new(State { limit: usize::MAX, ..State::default() });
-        Arc::new(Self { owner: Box::new(owner), first, state })
+        let (limit, state) = (OnceLock::new(), Mutex::default());
+        Arc::new(Self { owner: Box::new(owner), first, limit, state })
     }
 
-    fn admit(self: &Arc<Self>, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket, Seat), SpawnError> {
-        let mut seat = self.seat().inspect_err(|_| self.owner.count_refused(plan))?;
-        let (set, ticket) = self.owner.admit(plan)?;
+    fn admit(self: &Arc<Self>, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket, Seat), Refusal> {
+        let mut seat = self.seat(plan).inspect_err(|refusal| {
+            // Who waits is counted in the end.
+            if matches!(refusal, Refusal::Because(_)) {
+                self.owner.count_refused(plan);
+            }
+        })?;
+        let (set, ticket) = self.owner.try_admit(plan)?;
         seat.take(&ticket.canceller(&set));
         Ok((set, ticket, seat))
     }
 
-    fn seat(self: &Arc<Self>) -> Result<Seat, SpawnError> {
+    fn seat(self: &Arc<Self>, plan: &Plan<'_>) -> Result<Seat, Refusal> {
+        let closed = || Refusal::Because(SpawnError::Closed);
+        if lock(&self.state).closed.is_some() {
+            return Err(closed());
+        }
+        let limit = self.limit.get();
+        if let Some(full) = limit.filter(|limit| !plan.take(limit)) {
+            if plan.waits() {
+                plan.with_hand(|hand| hand.full = Some(full.clone()));
+                return Err(Refusal::Full);
+            }
+            return Err(Refusal::Because(SpawnError::Full));
+        }
         let mut state = lock(&self.state);
-        if state.closed.is_some() {
-            return Err(SpawnError::Closed);
-        }
-        if state.live >= state.limit {
-            return Err(SpawnError::Full);
-        }
-        state.live += 1;
         let id = state.next_id;
         state.next_id += 1;
-        Ok(Seat { group: self.clone(), id, told: true, unwinding: true })
+        state.live += 1;
+        let is_closed = state.closed.is_some();
+        drop(state);
+        // Gives back what was taken.
+        let group = self.clone();
+        let seat = Seat { group, id, limited: limit.is_some(), told: true, unwinding: true };
+        if is_closed { Err(closed()) } else { Ok(seat) }
     }
 
     /// Tells all tasks but this one to end, and takes no more.
@@ -449,7 +501,11 @@ impl Shared {
         state.closed.get_or_insert(cause);
         let others = state.members.iter().filter(|(id, _)| Some(**id) != but);
         let others: Vec<_> = others.map(|(_, member)| member.clone()).collect();
+        let changed = state.changed.take();
         drop(state);
+        if let Some(changed) = changed {
+            changed.notify_waiters();
+        }
         for member in others {
             member.cancel(cause);
         }
@@ -462,6 +518,11 @@ impl Shared {
                 let mut state = lock(&self.state);
                 if state.live == 0 {
                     state.closed.get_or_insert(Cause::Requested);
+                    let changed = state.changed.take();
+                    drop(state);
+                    if let Some(changed) = changed {
+                        changed.notify_waiters();
+                    }
                     return;
                 }
                 // Made under the lock under which the last task looks for it, so that it cannot be
@@ -477,6 +538,8 @@ impl Shared {
 pub(crate) struct Seat {
     group: Arc<Shared>,
     id: u64,
+    /// With a permit of the group's limit.
+    limited: bool,
     /// The group knows what has become of the task, or there is none yet.
     told: bool,
     /// Something else was unwinding already when the task was about to be dropped.
@@ -525,6 +588,10 @@ impl Drop for Seat {
         } else if !self.told {
             self.lose(&TaskError::Aborted(Cause::Shutdown));
         }
+        // Before it is counted, as by a set.
+        if let Some(limit) = self.group.limit.get().filter(|_| self.limited) {
+            limit.release();
+        }
         let mut state = lock(&self.group.state);
         let member = state.members.remove(&self.id);
         state.live -= 1;
@@ -567,7 +634,13 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let seat = this.seat;
-        let result = ready!(this.tracked.poll(cx));
+        let before = seat.limited.then(|| Level::Task.raise());
+        // No guard that leaves: a task's panic does not unwind past this.
+        let polled = this.tracked.poll(cx);
+        if let Some(before) = before {
+            Level::leave(before);
+        }
+        let result = ready!(polled);
         let result = result.and_then(|output| this.join.join(output, || seat.name()));
         seat.told = true;
         if let Err(error) = &result {

@@ -97,9 +97,14 @@
 //! A task takes a permit of the registry's [limit](TaskRegistry::limit), and of each
 //! [`SpawnLimitLayer`](tower_spawn_limit::SpawnLimitLayer) over the place where it is spawned, or
 //! else over the place where its set was made. Where one is full, [`TaskSet::spawn`] refuses and
-//! [`TaskSet::spawn_within`] waits; what waits for what is told in
-//! [`tower_spawn_limit`](tower_spawn_limit#no-deadlock). The permits come back before the task is
-//! counted as ended.
+//! [`TaskSet::spawn_within`] waits, as does whatever is spawned after [`NewTask::within`]; what waits
+//! for what is told in [`tower_spawn_limit`](tower_spawn_limit#no-deadlock). The permits come back
+//! before the task is counted as ended.
+//!
+//! A [`Group`] has a [limit](Group::limit) of its own, and its tasks are as those with a permit: they
+//! do not wait where a limit is full. What such a task spawns into its set, and not into the group,
+//! has no place in the group and may wait for one. If the task waits for that child meanwhile, the
+//! two end with the child's [time](NewTask::within) and not before.
 //!
 //! # Where the set is current
 //!
@@ -167,6 +172,7 @@ mod stop;
 mod sync;
 mod task;
 mod task_set;
+mod within;
 
 #[cfg(feature = "axum")]
 mod extract;
@@ -202,6 +208,7 @@ pub use task::{CancelHandle, Cause, Outcome, TaskError, TaskHandle};
 pub use task_set::{Hold, NewTask, NoTaskSet, TaskSet};
 pub use tower_response_end::{BodyError, CallError, End, Http, Plain, Stopped};
 pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
+pub use within::Within;
 
 use deadline::Limit;
 use registry::Config;

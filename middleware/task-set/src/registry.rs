@@ -162,7 +162,7 @@ impl TaskRegistry {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        self.task(name).spawn_within(wait, future)
+        self.task(name).within(wait).spawn(future)
     }
 
     /// Spawns a task that belongs to no request and is not just dropped when it is told to end:

@@ -7,16 +7,18 @@ use std::{
 
 use tokio::time::Instant;
 use tower_response_end::{End, hold};
-use tower_spawn_limit::{Level, Permit, Refused, SpawnError, SpawnLimit, within};
+use tower_spawn_limit::{Permit, Refused, SpawnError, SpawnLimit};
 
 use crate::{
     AtEnd, FailFast, Group, GroupHandle, Join, OnPanic, StopToken, TaskHandle, TaskRegistry,
+    Within,
     lifetime::Policy,
     place,
     set::{Refusal, Set, Ticket},
     stop::Stop,
     sync::OwnedNotified,
     task::{Blocking, Cause, Graceful},
+    within::Line,
 };
 
 /// The tasks of one request.
@@ -118,7 +120,7 @@ impl TaskSet {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        self.task(name).spawn_within(wait, future)
+        self.task(name).within(wait).spawn(future)
     }
 
     /// Spawns a task that is not just dropped when it is told to end.
@@ -316,7 +318,7 @@ impl std::error::Error for NoTaskSet {}
 #[derive(Clone, Debug)]
 #[must_use = "nothing is spawned yet"]
 pub struct NewTask<'a, O = TaskSet> {
-    owner: &'a O,
+    pub(crate) owner: &'a O,
     name: &'static str,
     choice: Option<Choice>,
 }
@@ -362,15 +364,40 @@ impl<'a, O> NewTask<'a, O> {
         self
     }
 
+    /// If a limit is full, it waits for its place at most so long, whatever it is then spawned as:
+    /// see [`TaskSet::spawn_within`].
+    ///
+    /// Into a group it also waits for the group's [limit](crate::Group::limit), and gives up with
+    /// [`Closed`](SpawnError::Closed) when the group is told to end. It holds no place of one limit
+    /// while it waits for that of another.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let tasks = tower_task_set::TaskRegistry::new();
+    /// let group = tasks.group().limit(2);
+    /// for page in 0..6 {
+    ///     let ask = async move { /* ask for the page */ page };
+    ///     group.task("ask").within(Duration::from_secs(5)).spawn(ask).await?;
+    ///     assert!(group.len() <= 2);
+    /// }
+    /// group.wait().await;
+    /// # Ok(()) }
+    /// ```
+    pub const fn within(self, wait: Duration) -> Within<'a, O> {
+        Within::new(self, wait)
+    }
+
     fn choice(&mut self) -> &mut Choice {
         self.choice.get_or_insert_default()
     }
 
-    fn plan(&self, site: &'static Location<'static>) -> Plan<'_> {
+    pub(crate) fn plan(&self, site: &'static Location<'static>) -> Plan<'_> {
         Plan { choice: self.choice.as_ref(), ..Plan::new(self.name, site) }
     }
 
-    fn plan_with_stop(
+    pub(crate) fn plan_with_stop(
         &mut self,
         site: &'static Location<'static>,
         blocks: bool,
@@ -413,37 +440,6 @@ impl<O: TaskOwner> NewTask<'_, O> {
         match self.owner.admit(&self.plan(site)) {
             Ok((set, ticket)) => Ok(set.spawn(ticket, ticket.track(&set, future))),
             Err(reason) => Err(Refused { reason, future }),
-        }
-    }
-
-    /// Spawns it; if a limit is full, it waits for a permit at most so long: see
-    /// [`TaskSet::spawn_within`].
-    ///
-    /// # Errors
-    ///
-    /// As [`TaskSet::spawn`].
-    ///
-    /// # Cancel safety
-    ///
-    /// As [`TaskSet::spawn_within`].
-    #[track_caller]
-    pub fn spawn_within<F>(
-        self,
-        wait: Duration,
-        future: F,
-    ) -> impl Future<Output = Result<TaskHandle<F::Output>, Refused<F>>> + Send
-    where
-        F: Future + Send + 'static,
-        F::Output: Send + 'static,
-    {
-        let site = Location::caller();
-        // It may be polled elsewhere than where it was called.
-        let wait = if Level::current() == Level::Task { Duration::ZERO } else { wait };
-        async move {
-            match admit_within(self, site, wait).await {
-                Ok((set, ticket)) => Ok(set.spawn(ticket, ticket.track(&set, future))),
-                Err(reason) => Err(Refused { reason, future }),
-            }
         }
     }
 
@@ -631,29 +627,20 @@ impl TaskOwner for TaskRegistry {
     }
 }
 
-async fn admit_within<O: TaskOwner>(
-    task: NewTask<'_, O>,
-    site: &'static Location<'static>,
-    wait: Duration,
-) -> Result<(Arc<Set>, Ticket), SpawnError> {
-    let owner = task.owner;
-    let hand = Mutex::default();
-    let plan = Plan { hand: Some(&hand), ..task.plan(site) };
-    let attempt = |permit: &mut Option<Permit>| {
-        plan.with_hand(|hand| hand.permit = permit.take());
-        let admitted = owner.try_admit(&plan);
-        let hand = plan.with_hand(std::mem::take);
-        *permit = hand.permit;
-        match (admitted, hand.full) {
-            (Err(Refusal::Full), Some(limit)) => Err(limit),
-            (admitted, _) => Ok(admitted.map_err(Refusal::reason)),
-        }
-    };
-    let admitted = within(wait, || owner.changed(), attempt).await;
-    admitted.unwrap_or_else(|| {
-        owner.count_refused(&plan);
-        Err(SpawnError::Full)
-    })
+impl<O: TaskOwner> Line for O {
+    type Place = (Arc<Set>, Ticket);
+
+    fn try_enter(&self, plan: &Plan<'_>) -> Result<Self::Place, Refusal> {
+        self.try_admit(plan)
+    }
+
+    fn changed(&self) -> impl Future<Output = ()> + Send {
+        TaskOwner::changed(self)
+    }
+
+    fn count_refused(&self, plan: &Plan<'_>) {
+        TaskOwner::count_refused(self, plan);
+    }
 }
 
 /// What was chosen for one task.
@@ -680,10 +667,10 @@ impl Choice {
 pub(crate) struct Plan<'a> {
     pub(crate) name: &'static str,
     pub(crate) site: &'static Location<'static>,
-    choice: Option<&'a Choice>,
+    pub(crate) choice: Option<&'a Choice>,
     /// Of who waits where a limit is full.
     // Nobody waits for the lock. A plan must be `Sync`, to be seen by a future that is `Send`.
-    hand: Option<&'a Mutex<Hand>>,
+    pub(crate) hand: Option<&'a Mutex<Hand>>,
 }
 
 /// What goes to and fro between a set and who waits to spawn.

@@ -90,7 +90,7 @@ async fn the_registry_waits_for_its_limit_too() {
     let tasks = TaskRegistry::new().limit(limit.clone());
     let holds = tasks.spawn("holds", forever()).unwrap();
     let mut waiting =
-        task::spawn(tasks.task("waits").timeout(secs(1)).spawn_within(secs(9), forever()));
+        task::spawn(tasks.task("waits").timeout(secs(1)).within(secs(9)).spawn(forever()));
     assert_pending!(waiting.poll());
     holds.cancel();
     settle().await;
@@ -185,7 +185,7 @@ async fn a_task_with_a_permit_never_waits_for_one() {
     let elsewhere = TaskRegistry::new().limit(other.clone());
     let outside: &'static TaskRegistry = leak(elsewhere.clone());
     let (set, start) = (served.set.clone(), Instant::now());
-    let made_outside = Box::pin(outside.task("made outside").spawn_within(secs(9), forever()));
+    let made_outside = Box::pin(outside.task("made outside").within(secs(9)).spawn(forever()));
     let task = async move {
         assert_eq!(Level::current(), Level::Task);
         let own = set.spawn_within(secs(9), "own", forever()).await;

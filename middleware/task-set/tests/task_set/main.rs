@@ -26,3 +26,4 @@ mod shield;
 mod shutdown;
 mod stop;
 mod support;
+mod within;

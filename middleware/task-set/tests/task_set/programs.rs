@@ -117,8 +117,20 @@ impl World {
                         }
                     }
                     4 if spawns => {
-                        let group = set.group();
-                        drop(group.spawn("of a group", child));
+                        let group = set.group().limit(1 + random.below(2));
+                        drop(group.task("of a group").within(HOUR).spawn(child).await);
+                        let start = Instant::now();
+                        for _ in 0..random.below(3) {
+                            let (world, inner) = (self.clone(), random.fork());
+                            if !self.one_more() {
+                                break;
+                            }
+                            let child = async move { world.program(inner, depth - 1).await };
+                            drop(group.task("of a group").within(HOUR).spawn(child).await);
+                        }
+                        if start.elapsed() >= HOUR {
+                            self.late.fetch_add(1, SeqCst);
+                        }
                         group.wait().await;
                     }
                     5 if spawns => self.clone().request(random.fork(), depth - 1).await,
