@@ -396,8 +396,12 @@ impl Set {
         let is_own = self.config.limit.as_ref().is_some_and(|limit| limit.ptr_eq(&full));
         let taken = inner.share().cloned().filter(|_| is_own);
         let refusal = if plan.waits() {
+            // Whoever waits may never come back, and an empty set of the registry's that stays listed
+            // keeps the registry for ever.
+            let over = inner.is_over(self.own);
             drop(inner);
             plan.with_hand(|hand| hand.full = Some(full));
+            self.settle(over, false);
             Refusal::Full
         } else {
             full.refuse();

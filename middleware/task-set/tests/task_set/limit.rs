@@ -159,6 +159,28 @@ async fn who_waits_when_its_set_is_cancelled_or_its_registry_closed_is_closed_ou
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_registry_where_somebody_only_waited_is_gone_with_its_last_handle() {
+    for end in [|_: &TaskRegistry| {}, TaskRegistry::close, TaskRegistry::begin_drain] {
+        let gone = Flag::default();
+        let on_drop = gone.on_drop();
+        let tasks = TaskRegistry::new().limit(SpawnLimit::new(0)).observer(move |_: &_| {
+            let _ = &on_drop;
+        });
+        let group = tasks.group();
+        let mut waiting = task::spawn(tasks.spawn_within(secs(9), "waits", forever()));
+        let into_group = group.task("waits").within(secs(9)).spawn(forever());
+        let mut into_group = task::spawn(into_group);
+        assert_pending!(waiting.poll());
+        assert_pending!(into_group.poll());
+        end(&tasks);
+        drop((waiting, into_group));
+        assert!(!gone.is_set());
+        drop((group, tasks));
+        assert!(gone.is_set());
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_waits_and_is_dropped_leaves_the_line() {
     let limit = SpawnLimit::new(1);
     let permit = limit.try_acquire().unwrap();
