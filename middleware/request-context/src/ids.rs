@@ -1,10 +1,38 @@
 use std::{
+    cell::Cell,
     fmt,
     num::{NonZeroU64, NonZeroU128},
     str::FromStr,
 };
 
+use bytes::{Bytes, BytesMut};
 use http::HeaderValue;
+
+thread_local! {
+    static BUFFER: Cell<BytesMut> = Cell::default();
+}
+
+/// The size of a buffer in bytes: of some thirty ids. A value that is kept keeps all of it.
+const BUFFER_SIZE: usize = 1024;
+
+/// The value of a header, which is all visible.
+///
+/// Such a value lives until its head is written, so those of a thread share a buffer: they cost no
+/// allocation as long as the ones before are gone when it has been filled.
+fn header(text: &[u8]) -> HeaderValue {
+    let write = |buffer: &Cell<BytesMut>| {
+        let mut next = buffer.take();
+        if next.capacity() < text.len() {
+            next.reserve(BUFFER_SIZE);
+        }
+        next.extend_from_slice(text);
+        let value = next.split().freeze();
+        buffer.set(next);
+        value
+    };
+    let value = BUFFER.try_with(write).unwrap_or_else(|_| Bytes::copy_from_slice(text));
+    HeaderValue::from_maybe_shared(value).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
 
 /// The id of a trace: 16 bytes, not all zero.
 ///
@@ -29,6 +57,18 @@ impl TraceId {
     /// From exactly 32 lower-case hexadecimal digits that are not all zero.
     pub fn from_hex(digits: &[u8]) -> Option<Self> {
         Self::from_bytes(u128::to_be_bytes(parse_hex(digits, 32)?))
+    }
+
+    /// The id as a header's value, for a head that is written soon: it shares a buffer with others.
+    pub fn to_header(self) -> HeaderValue {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut digits = [0; 32];
+        for (pair, byte) in digits.chunks_exact_mut(2).zip(self.to_bytes()) {
+            pair.copy_from_slice(
+                &[byte >> 4, byte & 0xf].map(|nibble| DIGITS[usize::from(nibble)]),
+            );
+        }
+        header(&digits)
     }
 }
 
@@ -145,10 +185,9 @@ impl RequestId {
         std::str::from_utf8(&self.chars[..self.len.into()]).unwrap_or_default()
     }
 
-    /// The id as a header's value.
+    /// The id as a header's value, for a head that is written soon: it shares a buffer with others.
     pub fn to_header(&self) -> HeaderValue {
-        // They are all visible, so this cannot fail.
-        HeaderValue::from_str(self.as_str()).unwrap_or_else(|_| HeaderValue::from_static(""))
+        header(&self.chars[..self.len.into()])
     }
 }
 

@@ -1,5 +1,7 @@
 #![allow(missing_docs, clippy::unwrap_used)] // Tests.
 
+use std::{cell::RefCell, sync::mpsc, thread};
+
 use http::HeaderValue;
 use proptest::{prelude::*, sample::Index};
 use tower_request_context::{ParseIdError, RequestId, SpanId, TraceId};
@@ -197,6 +199,54 @@ fn a_request_id_is_no_secret_whatever_its_header_was() {
     assert!(!id.to_header().is_sensitive());
     assert!(value.is_sensitive(), "the header is as it was");
     assert_eq!(format!("{id} {id:?}"), "order-7 RequestId(order-7)");
+}
+
+#[test]
+fn ids_in_headers_stay_as_they_are_whatever_is_written_after_them() {
+    let id = |i: u64| {
+        let trace = TraceId::from_bytes((u128::from(i) + 1).to_be_bytes()).unwrap();
+        let len = usize::try_from(i).unwrap() % 128 + 1;
+        (trace, RequestId::from_bytes(&format!("{i:0>len$}").as_bytes()[..len]).unwrap())
+    };
+    let headers = move |i| {
+        let (trace, request) = id(i);
+        (trace.to_header(), request.to_header())
+    };
+    let kept: Vec<_> = (0..1_000).map(headers).collect();
+    for (i, values) in (0..).zip(&kept) {
+        let (trace, request) = id(i);
+        assert_eq!(values.0, trace.to_string());
+        assert_eq!(values.1, request.as_str());
+    }
+    // On another thread, whose end takes the buffer away, they are the same.
+    let last = thread::spawn(move || headers(7)).join().unwrap();
+    assert_eq!(last, kept[7]);
+}
+
+/// A value that is written while the thread ends, when there may be no buffer any more.
+#[test]
+fn an_id_is_a_header_too_when_its_thread_ends() {
+    struct AtEnd(mpsc::Sender<HeaderValue>);
+    impl Drop for AtEnd {
+        fn drop(&mut self) {
+            self.0.send("order-7".parse::<RequestId>().unwrap().to_header()).unwrap();
+        }
+    }
+    thread_local!(static AT_END: RefCell<Option<AtEnd>> = const { RefCell::new(None) });
+    for before in [false, true] {
+        let (send, receive) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            // What is made first is dropped last, or first.
+            let warm = || drop("order-6".parse::<RequestId>().unwrap().to_header());
+            if before {
+                warm();
+            }
+            AT_END.set(Some(AtEnd(send)));
+            warm();
+        });
+        thread.join().unwrap();
+        assert_eq!(receive.recv().unwrap(), "order-7");
+    }
 }
 
 #[test]

@@ -163,13 +163,17 @@ impl TraceState {
         if len == 0 {
             return Some(Self::default());
         }
-        let mut list = String::with_capacity(len);
+        // In place first, so that it costs one allocation.
+        let mut list = [0; Self::MAX + 1];
+        let mut rest = &mut list[..];
         for entry in entries.iter().filter(|entry| !entry.is_empty()) {
-            if !list.is_empty() {
-                list.push(',');
-            }
-            list.push_str(entry);
+            let (text, comma);
+            (text, rest) = rest.split_at_mut_checked(entry.len())?;
+            (comma, rest) = rest.split_first_mut()?;
+            text.copy_from_slice(entry.as_bytes());
+            *comma = b',';
         }
+        let list = std::str::from_utf8(&list[..len - 1]).ok()?;
         Some(Self { list: Some(list.into()) })
     }
 
