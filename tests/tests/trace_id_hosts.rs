@@ -56,15 +56,18 @@ mod grpc;
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const SPAN: &str = "b7ad6b7169203331";
+/// The last half of `TRACE`, padded.
+const SHORT: &str = "00000000000000008448eb211c80319c";
+const OTHER: &str = "00000000000000010000000000000001";
 const VALID: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
 /// The header fields of one request, and what must come of them.
 struct Case {
     fields: Vec<(&'static str, Vec<u8>)>,
-    /// Whether the caller's trace goes on.
-    continues: bool,
+    /// The caller's trace, if it goes on.
+    trace: Option<&'static str>,
     flags: &'static str,
-    state: &'static str,
+    state: String,
     /// The request id that is kept.
     id: Option<String>,
 }
@@ -72,7 +75,7 @@ struct Case {
 /// A request with these fields, of which nothing is taken over.
 fn of(fields: &[(&'static str, &[u8])]) -> Case {
     let fields = fields.iter().map(|&(name, value)| (name, value.to_vec())).collect();
-    Case { fields, continues: false, flags: "02", state: "", id: None }
+    Case { fields, trace: None, flags: "02", state: String::new(), id: None }
 }
 
 fn parent(value: &str) -> Case {
@@ -87,12 +90,30 @@ impl Case {
 
     /// The trace goes on, with these flags.
     fn continues(mut self, flags: &'static str) -> Self {
-        (self.continues, self.flags) = (true, flags);
+        (self.trace, self.flags) = (Some(TRACE), flags);
         self
     }
 
-    fn state(mut self, state: &'static str) -> Self {
-        self.state = state;
+    /// Of a trace that begins here.
+    fn begins(mut self, flags: &'static str) -> Self {
+        (self.trace, self.flags) = (None, flags);
+        self
+    }
+
+    fn trace(mut self, trace: &'static str) -> Self {
+        self.trace = Some(trace);
+        self
+    }
+
+    fn state(mut self, state: impl Into<String>) -> Self {
+        self.state = state.into();
+        self
+    }
+
+    /// The same field so many times more.
+    fn again(mut self, times: usize) -> Self {
+        let last = self.fields.last().unwrap().clone();
+        self.fields.extend(vec![last; times]);
         self
     }
 
@@ -119,7 +140,15 @@ fn cases() -> Vec<Case> {
             .and("x-b3-sampled", sampled)
     };
     let id = |value: &[u8]| of(&[("x-request-id", value)]);
-    let members = |n: usize| (0..n).map(|i| format!("k{i}=evil{i}")).collect::<Vec<_>>().join(",");
+    let members = |n: usize, value: &str| {
+        (0..n).map(|i| format!("k{i}={value}{i}")).collect::<Vec<_>>().join(",")
+    };
+    let long = |key: usize, value: usize| format!("{}={}", "k".repeat(key), "v".repeat(value));
+    // Of another trace, which would show if it were taken.
+    let other = |case: Case| {
+        case.and("x-b3-traceid", OTHER).and("x-b3-spanid", SPAN).and("x-b3-sampled", "1")
+    };
+    let other_b3 = || format!("{OTHER}-{SPAN}-1");
     vec![
         of(&[]),
         // The caller's is valid: 3.2.2, and white space of RFC 9110, section 5.5.
@@ -132,6 +161,12 @@ fn cases() -> Vec<Case> {
         parent(&format!(" \t{VALID}\t ")).continues("01"),
         parent(&with(0, "cc")).continues("01"),
         parent(&format!("{}-what-the-future-will-be-like", with(0, "01"))).continues("01"),
+        parent(&format!("{}-", with(0, "01"))).continues("01"),
+        parent(&format!("{}-{}", with(0, "fe"), "x".repeat(512 - 56))).continues("01"),
+        of(&[("TraceParent", VALID.as_bytes())])
+            .continues("01")
+            .and("TRACEstate", "a=1")
+            .state("a=1"),
         // It is not.
         parent(&VALID.to_uppercase()),
         parent(&with(3, "0AF7")),
@@ -140,6 +175,11 @@ fn cases() -> Vec<Case> {
         parent(&with(0, "0X")),
         parent(&with(0, "ff")),
         parent(&format!("{VALID}-tail")),
+        parent(&format!("{VALID}-")),
+        parent(&format!("{}-{}", with(0, "01"), "x".repeat(513 - 56))),
+        parent(&format!("{VALID},{VALID}")),
+        parent(&format!("\u{a0}{VALID}")),
+        parent(&format!("\"{VALID}\"")),
         parent(&format!("{VALID}.")),
         parent(&format!("{}.tail", with(0, "cc"))),
         parent(&with(3, &zeros(32))),
@@ -157,8 +197,10 @@ fn cases() -> Vec<Case> {
         of(&[("traceparent", b"")]),
         of(&[("traceparent", b"00-\xff\xfe\x80evil\xc3\xa9")]),
         of(&[("traceparent", b"00-0af7651916cd43dd8448eb211c80319c\tevil-b7ad6b7169203331-01")]),
-        valid().and("traceparent", VALID).continues_not(),
+        valid().and("traceparent", VALID).begins("02"),
         parent(&with(3, "1")).and("traceparent", VALID),
+        valid().again(50).begins("02"),
+        valid().and("TraceParent", "").begins("02"),
         // `tracestate`: 3.3.
         valid().and("tracestate", "a=1").state("a=1"),
         valid()
@@ -166,11 +208,42 @@ fn cases() -> Vec<Case> {
             .and("tracestate", "c=4")
             .state("a=1,b@v=2 3,c=4"),
         valid().and("tracestate", ""),
+        valid().and("tracestate", ",").and("tracestate", " , ,\t"),
+        valid().and("tracestate", ",a=1,, ,b=2,").state("a=1,b=2"),
+        valid().and("tracestate", "a=1,a=2").state("a=1,a=2"),
+        valid().and("tracestate", "0a@b/c*d-e_f=!~").state("0a@b/c*d-e_f=!~"),
+        valid().and("tracestate", "a= 1").state("a= 1"),
+        valid().and("tracestate", members(32, "v")).state(members(32, "v")),
+        valid().and("tracestate", long(256, 256)).state(long(256, 256)),
+        // What is carried is at least 512 bytes: 3.3.3.1.
+        valid()
+            .and("tracestate", format!("{},{}", long(100, 100), long(200, 200)))
+            .and("tracestate", long(100, 210))
+            .state(format!("{},{},{}", long(100, 100), long(200, 200), long(100, 210))),
+        valid()
+            .and("tracestate", format!("a=1,{},b=2", long(256, 256)))
+            .and("tracestate", long(256, 256))
+            .and("tracestate", "c=3")
+            .state(format!("a=1,{},b=2,c=3", long(256, 256))),
+        valid().and("tracestate", long(257, 1)),
+        valid().and("tracestate", long(1, 257)),
+        valid().and("tracestate", "a="),
+        valid().and("tracestate", "=1"),
+        valid().and("tracestate", "a =1"),
+        valid().and("tracestate", "a=1;b").state("a=1;b"),
+        valid().and("tracestate", "a=1;b=2"),
+        valid().and("tracestate", "a=1\tevil"),
+        // H23: as many fields as the server takes, and what they say is long.
+        valid().and("tracestate", "").again(90),
+        valid().and("tracestate", "a=evil").again(90),
+        valid().and("tracestate", format!("a={}", "evil".repeat(60))).again(90),
+        valid().and("tracestate", ",".repeat(16_000)),
+        valid().and("tracestate", ",".repeat(200_000)).and("tracestate", "a=evil"),
         valid().and("tracestate", "a=1,evil"),
         valid().and("tracestate", "EVIL=1"),
         valid().and("tracestate", "a=1").and("tracestate", "b=evil=evil"),
         valid().and("tracestate", b"a=\xffevil"),
-        valid().and("tracestate", members(33)),
+        valid().and("tracestate", members(33, "evil")),
         valid().and("tracestate", format!("a={}", "evil".repeat(65))),
         valid().and("tracestate", format!("a={}", "evil".repeat(16_384))),
         of(&[("tracestate", b"evil=1")]),
@@ -186,12 +259,39 @@ fn cases() -> Vec<Case> {
         b3(&format!("{}-{SPAN}-1", zeros(32))),
         b3("evil-evil-evil"),
         b3("-"),
+        b3("0").begins("02"),
+        b3("1").begins("03"),
+        b3("d").begins("03"),
+        b3("D").begins("02"),
+        b3("true").begins("02"),
+        b3(&format!("{}-{SPAN}-1", &TRACE[16..])).continues("01").trace(SHORT),
+        b3(&format!("{}-{SPAN}-1", &TRACE[..15])),
+        b3(&format!("{TRACE}-{SPAN}-1-0000000000000000")).continues("01"),
+        b3(&format!("{TRACE}-{SPAN}-1-{SPAN}-evil")),
+        b3(&format!("{TRACE}-{SPAN}-1")).and("b3", other_b3()).continues("01"),
+        b3("evil").and("b3", other_b3()),
+        b3(&"evil".repeat(16_384)),
+        multi(&TRACE[16..], "1").continues("01").trace(SHORT),
+        multi(TRACE, "1").and("X-B3-Flags", "1").continues("01"),
+        multi(TRACE, "0").and("x-b3-flags", "1").continues("01"),
+        multi(TRACE, "1").and("x-b3-parentspanid", "evil"),
+        of(&[("x-b3-sampled", b"1")]).begins("03"),
+        of(&[("x-b3-flags", b"1")]).begins("03"),
         multi(TRACE, "1").continues("01"),
         multi(TRACE, "0").continues("00"),
         multi(TRACE, "false").continues("00").and("x-b3-spanid", "evil"),
         multi(TRACE, "evil"),
         multi("evil", "1"),
         of(&[("x-b3-traceid", TRACE.as_bytes())]),
+        // H15: the first that is valid, in the order W3C, single, multi.
+        other(valid().and("b3", other_b3())),
+        other(valid().and("b3", "evil")),
+        other(b3(&format!("{TRACE}-{SPAN}-0"))).continues("00"),
+        other(b3("0")),
+        other(parent(&with(0, "ff")).and("b3", format!("{TRACE}-{SPAN}"))).continues("00"),
+        other(valid().again(1).and("b3", format!("{TRACE}-{SPAN}-0"))).continues("00"),
+        other(parent("evil").and("b3", "evil")).continues("01").trace(OTHER),
+        other(b3("")).continues("01").trace(OTHER),
         parent("evil").and("b3", format!("{TRACE}-{SPAN}-1")).continues("01"),
         parent(&with(3, "evil"))
             .and("x-b3-traceid", TRACE)
@@ -207,6 +307,15 @@ fn cases() -> Vec<Case> {
         id("evil".repeat(33).as_bytes()),
         id("evil".repeat(16_384).as_bytes()),
         id(b""),
+        id(b"order-7").and("X-Request-ID", "order-7"),
+        of(&[("X-REQUEST-ID", b"order-7")]).id("order-7"),
+        id("a".repeat(129).as_bytes()),
+        id("evil".repeat(2_560).as_bytes()),
+        id(b"evil,evil-2"),
+        id(b"<script>evil</script>"),
+        id(b"evil\xc2\x85"),
+        id(b"\xef\xbb\xbfevil"),
+        of(&[("x_request_id", b"evil"), ("x-request-id-", b"evil")]),
         id(b"evil evil"),
         id(b"evil\tevil"),
         id(br#"evil","level":"FATAL"#),
@@ -221,11 +330,6 @@ fn cases() -> Vec<Case> {
 }
 
 impl Case {
-    fn continues_not(mut self) -> Self {
-        (self.continues, self.flags) = (false, "02");
-        self
-    }
-
     /// Values that are invalid here are written with this in them, so that it must be nowhere.
     fn is_hostile(&self) -> bool {
         let evil = |value: &[u8]| value.windows(4).any(|part| part.eq_ignore_ascii_case(b"evil"));
@@ -281,7 +385,7 @@ async fn sink() -> (Server, Events<HeaderMap>) {
 }
 
 /// A service whose request starts a task, which logs a line and makes a call to `to`.
-async fn calling(protocol: Protocol, to: &Server) -> (Server, Events<TraceContext>) {
+async fn calling(protocol: Protocol, trust: Trust, to: &Server) -> (Server, Events<TraceContext>) {
     let (tell, contexts) = events();
     let (client, to) = (client(), format!("http://{}/", to.addr()));
     let handler = service_fn(move |_: Request<Incoming>| {
@@ -298,18 +402,18 @@ async fn calling(protocol: Protocol, to: &Server) -> (Server, Events<TraceContex
             // As a proxy might that copies what its upstream answers.
             let response = Response::builder().header("tracestate", "upstream=1");
             let response =
-                response.header("x-request-id", "upstream-1").body(Empty::<Bytes>::new());
-            Ok::<_, Infallible>(response.unwrap())
+                response.header("x-request-id", "upstream-1").header("x-request-id", "upstream-2");
+            Ok::<_, Infallible>(response.body(Empty::<Bytes>::new()).unwrap())
         }
     });
-    let layer =
-        TraceIdLayer::new().trust(Trust::Continue).trace_id_header("x-trace-id".parse().unwrap());
+    let layer = TraceIdLayer::new().trust(trust).trace_id_header("x-trace-id".parse().unwrap());
     let layers = ServiceBuilder::new().layer(layer).layer(TaskSetLayer::new(&TaskRegistry::new()));
     (Server::hyper(protocol, layers.service(handler)).await, contexts)
 }
 
 struct Live {
     log: Written,
+    trust: Trust,
     server: Server,
     contexts: Events<TraceContext>,
     sink: Server,
@@ -317,10 +421,10 @@ struct Live {
 }
 
 impl Live {
-    async fn start(log: Written, protocol: Protocol) -> Self {
+    async fn start(log: Written, protocol: Protocol, trust: Trust) -> Self {
         let (sink, calls) = sink().await;
-        let (server, contexts) = calling(protocol, &sink).await;
-        Self { log, server, contexts, sink, calls }
+        let (server, contexts) = calling(protocol, trust, &sink).await;
+        Self { log, trust, server, contexts, sink, calls }
     }
 
     /// What the response to this case must be, which has come with these lines of a head.
@@ -332,10 +436,19 @@ impl Live {
         });
         let context = self.contexts.wait().await;
         let call = self.calls.wait().await;
-        assert_eq!(context.trace_id().to_string() == TRACE, case.continues, "{name}");
+        let is_trusted = self.trust == Trust::Continue;
+        let (flags, state) = if is_trusted { (case.flags, &*case.state) } else { ("02", "") };
+        let goes_on = case.trace.filter(|_| is_trusted);
+        let trace_id = context.trace_id().to_string();
+        match goes_on {
+            Some(trace) => assert_eq!(trace_id, trace, "{name}"),
+            None => assert!(![TRACE, SHORT, OTHER].contains(&&*trace_id), "{name}"),
+        }
         let parent = context.parent_id().map(|id| id.to_string());
-        assert_eq!(parent.as_deref(), case.continues.then_some(SPAN), "{name}");
-        assert_eq!(context.trace_state().as_str(), case.state, "{name}");
+        assert_eq!(parent.as_deref(), goes_on.map(|_| SPAN), "{name}");
+        let link = context.link().map(|link| link.trace_id.to_string());
+        assert_eq!(link.as_deref(), case.trace.filter(|_| !is_trusted), "{name}");
+        assert_eq!(context.trace_state().as_str(), state, "{name}");
         let request_id = context.request_id().as_str();
         match &case.id {
             Some(id) => assert_eq!(request_id, id, "{name}"),
@@ -360,8 +473,8 @@ impl Live {
         let parent = TraceParent::parse(sent("traceparent").unwrap().as_bytes()).unwrap();
         assert_eq!(parent.trace_id, context.trace_id(), "{name}");
         assert!(parent.parent_id != context.span_id() && parent.parent_id.to_string() != SPAN);
-        assert_eq!(&sent("traceparent").unwrap()[53..], case.flags, "{name}");
-        assert_eq!(sent("tracestate").unwrap_or_default(), case.state, "{name}");
+        assert_eq!(&sent("traceparent").unwrap()[53..], flags, "{name}");
+        assert_eq!(sent("tracestate").unwrap_or_default(), state, "{name}");
         assert_eq!(sent("x-request-id").unwrap(), request_id, "{name}");
         assert_eq!(sent("b3"), None, "{name}");
 
@@ -405,14 +518,16 @@ impl Case {
 async fn every_header_over_http1_ends_as_the_specifications_say() {
     let log = Written::default();
     let _guard = set_default(&log.subscriber());
-    let mut live = Live::start(log, http1()).await;
-    let mut client = live.server.raw().await;
-    for case in cases() {
-        client.write(case.on_http1()).await;
-        let head = client.read_head().await;
-        live.assert(&case, &head).await;
+    for trust in [Trust::Continue, Trust::Restart] {
+        let mut live = Live::start(log.clone(), http1(), trust).await;
+        let mut client = live.server.raw().await;
+        for case in cases() {
+            client.write(case.on_http1()).await;
+            let head = client.read_head().await;
+            live.assert(&case, &head).await;
+        }
+        drop(live.sink);
     }
-    drop(live.sink);
 }
 
 /// H1: what a line end, or what hyper takes for one, makes of a value is another field.
@@ -420,7 +535,7 @@ async fn every_header_over_http1_ends_as_the_specifications_say() {
 async fn a_line_end_in_a_value_adds_no_field_to_the_response() {
     let log = Written::default();
     let _guard = set_default(&log.subscriber());
-    let mut live = Live::start(log, http1()).await;
+    let mut live = Live::start(log, http1(), Trust::Continue).await;
     let mut client = live.server.raw().await;
     for end in ["\r\n", "\n"] {
         let mut case = of(&[("x-request-id", b"order-7")]).id("order-7");
@@ -440,29 +555,75 @@ async fn a_line_end_in_a_value_adds_no_field_to_the_response() {
             client = live.server.raw().await;
         }
     }
+    // A line that goes on in the next one, and space before the colon: RFC 9112, section 5.
+    for field in
+        ["traceparent: evil\r\n evil", "x-request-id: evil\r\n\tevil", "x-request-id : evil"]
+    {
+        let mut client = live.server.raw().await;
+        client.write(format!("GET / HTTP/1.1\r\nhost: test\r\n{field}\r\n\r\n")).await;
+        let head = client.rest().await;
+        assert!(head.starts_with("HTTP/1.1 400") && !head.contains("evil"), "{head}");
+        live.assert_refused(field).await;
+    }
+}
+
+/// What comes after the body is too late, and not looked at.
+#[tokio::test]
+async fn trailers_of_a_request_do_not_say_where_it_belongs() {
+    let log = Written::default();
+    let _guard = set_default(&log.subscriber());
+    let mut live = Live::start(log.clone(), http1(), Trust::Continue).await;
+    let mut client = live.server.raw().await;
+    let trailers = format!("traceparent: {VALID}\r\nx-request-id: evil\r\ntracestate: evil=1\r\n");
+    let head = "POST / HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\
+        trailer: traceparent, x-request-id, tracestate\r\n\r\n";
+    client.write(format!("{head}2\r\nhi\r\n0\r\n{trailers}\r\n")).await;
+    let head = client.read_head().await;
+    // Hostile by what is in the trailers.
+    live.assert(&of(&[("trailer", b"evil")]), &head).await;
+
+    let mut live = Live::start(log, tower_tasks_tests::http2(), Trust::Continue).await;
+    let mut client = live.server.h2().await;
+    let request = Request::post("http://test/").body(()).unwrap();
+    let (response, mut body) = client.open(request, false).await;
+    let mut trailers = HeaderMap::new();
+    trailers.insert("traceparent", HeaderValue::from_static(VALID));
+    trailers.insert("x-request-id", HeaderValue::from_static("evil"));
+    body.send_data(Bytes::from_static(b"hi"), false).unwrap();
+    body.send_trailers(trailers).unwrap();
+    let response = soon(response).await.unwrap();
+    live.assert(&of(&[("trailer", b"evil")]), &lines_of(response.headers())).await;
 }
 
 #[tokio::test]
 async fn every_header_over_http2_ends_as_the_specifications_say() {
     let log = Written::default();
     let _guard = set_default(&log.subscriber());
-    let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-    builder.max_header_list_size(1 << 20);
-    let mut live = Live::start(log, Protocol::Http2(builder)).await;
-    let mut client = live.server.h2().await;
-    for case in cases() {
-        let mut request = Request::get("http://test/").body(()).unwrap();
-        for (name, value) in &case.fields {
-            request.headers_mut().append(*name, HeaderValue::from_bytes(value).unwrap());
+    for trust in [Trust::Continue, Trust::Restart] {
+        let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        builder.max_header_list_size(1 << 20);
+        let mut live = Live::start(log.clone(), Protocol::Http2(builder), trust).await;
+        let mut client = live.server.h2().await;
+        // H23: more fields than HTTP/1 takes.
+        let many =
+            of(&[("traceparent", VALID.as_bytes())]).continues("01").and("tracestate", "a=1");
+        for case in cases().into_iter().chain([many.again(999)]) {
+            let mut request = Request::get("http://test/").body(()).unwrap();
+            for (name, value) in &case.fields {
+                request.headers_mut().append(*name, HeaderValue::from_bytes(value).unwrap());
+            }
+            let response = soon(client.send(request).await).await.unwrap();
+            live.assert(&case, &lines_of(response.headers())).await;
+            read_all(&mut response.into_body()).await.unwrap();
         }
-        let response = soon(client.send(request).await).await.unwrap();
-        let mut head = String::new();
-        for (name, value) in response.headers() {
-            writeln!(head, "{name}: {}", value.to_str().unwrap()).unwrap();
-        }
-        live.assert(&case, &head).await;
-        read_all(&mut response.into_body()).await.unwrap();
     }
+}
+
+fn lines_of(headers: &HeaderMap) -> String {
+    headers.iter().fold(String::new(), |mut lines, (name, value)| {
+        writeln!(lines, "{name}: {}", value.to_str().unwrap()).unwrap();
+        lines
+    })
 }
 
 /// Frames as no client of good will writes them: the header block has the bytes as they are.
@@ -479,7 +640,7 @@ async fn over_http2_no_control_byte_reaches_a_handler() {
     }
     let log = Written::default();
     let _guard = set_default(&log.subscriber());
-    let mut live = Live::start(log, tower_tasks_tests::http2()).await;
+    let mut live = Live::start(log, tower_tasks_tests::http2(), Trust::Continue).await;
     let head = |name: &str, value: &[u8]| {
         // `:method: GET`, `:path: /`, `:scheme: http`.
         let block = [&[0x82, 0x84, 0x86], &*literal(name.as_bytes(), value)].concat();
