@@ -233,19 +233,24 @@ impl Kind {
         Counts { attempted: counts.attempted - left, spawned: counts.spawned - left, ..counts }
     }
 
-    pub(crate) fn counts(&self, live: u64) -> Counts {
+    /// Adds what is over.
+    #[inline]
+    pub(crate) fn add_to(&self, sum: &mut Counts) {
         let ended = |outcome: Outcome| u64::from(self.ended[outcome as usize]);
-        Counts {
-            attempted: self.attempted.into(),
-            refused: self.refused.into(),
-            spawned: self.spawned.into(),
-            live,
-            completed: ended(Outcome::Completed),
-            cancelled: ended(Outcome::Cancelled),
-            aborted: ended(Outcome::Aborted),
-            timed_out: ended(Outcome::TimedOut),
-            panicked: ended(Outcome::Panicked),
-        }
+        sum.attempted += u64::from(self.attempted);
+        sum.refused += u64::from(self.refused);
+        sum.spawned += u64::from(self.spawned);
+        sum.completed += ended(Outcome::Completed);
+        sum.cancelled += ended(Outcome::Cancelled);
+        sum.aborted += ended(Outcome::Aborted);
+        sum.timed_out += ended(Outcome::TimedOut);
+        sum.panicked += ended(Outcome::Panicked);
+    }
+
+    pub(crate) fn counts(&self, live: u64) -> Counts {
+        let mut counts = Counts { live, ..Counts::default() };
+        self.add_to(&mut counts);
+        counts
     }
 }
 
@@ -262,25 +267,32 @@ pub(crate) struct Base {
 }
 
 impl Base {
-    pub(crate) fn add(&mut self, name: &'static str, counts: Counts) {
+    /// The counts of this name.
+    #[inline]
+    pub(crate) fn of(&mut self, name: &'static str) -> &mut Counts {
+        match self.counts.get(self.last) {
+            Some((last, _)) if std::ptr::eq(*last, name) => {}
+            _ => self.last = self.find(name),
+        }
+        &mut self.counts[self.last].1
+    }
+
+    #[inline(never)]
+    fn find(&mut self, name: &'static str) -> usize {
         let address = (name.as_ptr() as usize, name.len());
         let known = self.counts.len();
-        let index = match self.counts.get(self.last) {
-            Some((last, _)) if std::ptr::eq(*last, name) => self.last,
-            _ => match self.index.get(&address) {
-                Some(index) => *index,
-                None if known < NAMES_MAX => {
-                    self.index.insert(address, known);
-                    known
-                }
-                None => NAMES_MAX,
-            },
+        let index = match self.index.get(&address) {
+            Some(index) => *index,
+            None if known < NAMES_MAX => {
+                self.index.insert(address, known);
+                known
+            }
+            None => NAMES_MAX,
         };
-        self.last = index;
         if index == known {
             self.counts.push((if known < NAMES_MAX { name } else { OTHER }, Counts::default()));
         }
-        self.counts[index].1 += counts;
+        index
     }
 
     pub(crate) fn counts(&self) -> Vec<(&'static str, Counts)> {
@@ -422,7 +434,7 @@ mod tests {
         let names: Vec<&'static str> =
             (0..NAMES_MAX + 10).map(|n| &*Box::leak(n.to_string().into_boxed_str())).collect();
         for name in names.iter().chain(&names) {
-            base.add(name, one);
+            *base.of(name) += one;
         }
         let counts = base.counts();
         assert_eq!(counts.len(), NAMES_MAX + 1);

@@ -18,8 +18,8 @@ use crate::{registry::Owner, set::Set};
 
 /// How many tasks are told between two yields.
 const BATCH: usize = 128;
-/// How often the reaper looks for deadlines of sets that are further away than this. Most are met
-/// before it does, and so cost next to nothing.
+/// How often the reaper looks for deadlines of sets, and for timeouts, that are further away than
+/// this. Most are met before it does, and so cost next to nothing.
 const ROUND: Duration = Duration::from_secs(1);
 
 /// A runtime that tasks of a registry run on, and the one task on it, the reaper, that keeps all
@@ -41,7 +41,7 @@ struct Due {
     reaper: Reaper,
     /// What the reaper sleeps for, if it does.
     alarm: Option<Instant>,
-    /// There may be sets with a deadline that is far away.
+    /// There may be sets with a deadline or a timeout that is far away.
     far: bool,
 }
 

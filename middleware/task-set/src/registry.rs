@@ -19,7 +19,7 @@ use crate::{
     lifetime::Policy,
     reaper::Runtime,
     set::{Refusal, Set, Ticket},
-    sync::{Mutex, Notify, OwnedNotified, lock},
+    sync::{Mutex, MutexGuard, Notify, OwnedNotified, lock},
     task::Cause,
     task_set::{NewTask, Plan},
 };
@@ -454,6 +454,29 @@ struct Sets {
 }
 
 impl Sets {
+    /// Whether it takes tasks that belong to no request.
+    const fn takes_own(&self) -> bool {
+        !self.closed && !self.draining
+    }
+
+    /// The set of the tasks that belong to no request, if it serves here.
+    fn own_for(&self, config: &Arc<Config>, handle: Option<&Handle>) -> Option<Arc<Set>> {
+        let serves = |own: &&Arc<Set>| own.is_of(config) && own.is_on(handle) && !own.is_gone();
+        self.own.as_ref().filter(serves).cloned()
+    }
+
+    /// Makes a set and takes it in. Tells it whether the registry is closed.
+    #[inline]
+    fn insert(&mut self, shard: usize, make: impl FnOnce(Place, bool) -> Arc<Set>) -> Arc<Set> {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.listed.push(None);
+            self.listed.len() - 1
+        });
+        let set = make(Place { shard, index }, self.closed);
+        self.listed[index] = Some(set.clone());
+        set
+    }
+
     /// All that a snapshot does under the lock. Never inlined, for a bench counts its instructions.
     #[inline(never)]
     #[expect(clippy::type_complexity, reason = "taken apart where it is called")]
@@ -486,84 +509,80 @@ impl Owner {
         make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
     ) -> Arc<Set> {
         let shard = this_shard();
-        let mut gone = Vec::new();
-        let mut sets = lock(&self.shards[shard].0);
-        let set = self.insert(&mut sets, shard, handle, &mut gone, make);
-        drop(sets);
-        drop(gone);
-        set
+        let (mut sets, runtime) = self.lock_for(shard, handle);
+        sets.insert(shard, |place, closed| make(place, runtime, closed))
     }
 
     /// The set of the tasks that belong to no request, or `None` when closed.
     fn own_set(self: &Arc<Self>, config: &Arc<Config>) -> Option<Arc<Set>> {
         let handle = config.runtime.clone().or_else(|| Handle::try_current().ok());
         let shard = this_shard();
-        let mut sets = lock(&self.shards[shard].0);
-        if sets.closed || sets.draining {
+        let sets = lock(&self.shards[shard].0);
+        if !sets.takes_own() {
             return None;
         }
-        let serves =
-            |own: &&Arc<Set>| own.is_of(config) && own.is_on(handle.as_ref()) && !own.is_gone();
-        if let Some(own) = sets.own.as_ref().filter(serves) {
-            return Some(own.clone());
+        if let Some(own) = sets.own_for(config, handle.as_ref()) {
+            return Some(own);
         }
-        let mut gone = Vec::new();
-        let set = self.insert(&mut sets, shard, handle, &mut gone, |place, runtime, _| {
-            Set::own(config.clone(), place, runtime)
-        });
+        drop(sets);
+        let (mut sets, runtime) = self.lock_for(shard, handle.clone());
+        // All may be different by now.
+        if !sets.takes_own() {
+            return None;
+        }
+        if let Some(own) = sets.own_for(config, handle.as_ref()) {
+            return Some(own);
+        }
+        let set = sets.insert(shard, |place, _| Set::own(config.clone(), place, runtime));
         // One that was made with other choices, or elsewhere, is over when its tasks are.
         let other = sets.own.replace(set.clone());
         drop(sets);
-        drop(gone);
         if let Some(other) = other {
             other.disown();
         }
         Some(set)
     }
 
-    /// Leaves in `gone` what is to be dropped when the lock is released: the last that is known of a
-    /// runtime, and so the code of others.
-    fn insert(
+    /// A shard that is about to have a set on this runtime.
+    #[inline]
+    fn lock_for(
         self: &Arc<Self>,
-        sets: &mut Sets,
         shard: usize,
         handle: Option<Handle>,
-        gone: &mut Vec<Arc<Runtime>>,
-        make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
-    ) -> Arc<Set> {
-        let runtime = handle.map(|handle| match &sets.runtime {
-            Some(runtime) if runtime.handle.id() == handle.id() => runtime.clone(),
-            _ => {
-                let runtime = self.find_runtime(handle, gone);
-                gone.extend(sets.runtime.replace(runtime.clone()));
-                runtime
+    ) -> (MutexGuard<'_, Sets>, Option<Arc<Runtime>>) {
+        let sets = lock(&self.shards[shard].0);
+        let Some(handle) = handle else { return (sets, None) };
+        match &sets.runtime {
+            Some(runtime) if runtime.handle.id() == handle.id() => {
+                let runtime = runtime.clone();
+                (sets, Some(runtime))
             }
-        });
-        let index = sets.free.pop().unwrap_or_else(|| {
-            sets.listed.push(None);
-            sets.listed.len() - 1
-        });
-        let set = make(Place { shard, index }, runtime, sets.closed);
-        sets.listed[index] = Some(set.clone());
-        set
+            _ => {
+                drop(sets);
+                let runtime = self.see_runtime(shard, handle);
+                (lock(&self.shards[shard].0), Some(runtime))
+            }
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn see_runtime(self: &Arc<Self>, shard: usize, handle: Handle) -> Arc<Runtime> {
+        let runtime = self.runtime(handle);
+        // The last that is known of a runtime is the code of others: dropped when the lock is not
+        // held any more.
+        let before = lock(&self.shards[shard].0).runtime.replace(runtime.clone());
+        drop(before);
+        runtime
     }
 
     pub(crate) fn runtime(self: &Arc<Self>, handle: Handle) -> Arc<Runtime> {
-        self.find_runtime(handle, &mut Vec::new())
-    }
-
-    /// Leaves in `gone` what is to be dropped outside of locks.
-    fn find_runtime(
-        self: &Arc<Self>,
-        handle: Handle,
-        gone: &mut Vec<Arc<Runtime>>,
-    ) -> Arc<Runtime> {
+        // As above.
+        let _gone: Vec<_>;
         let mut runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
         // One that only this list has was shut down, or has no tasks of ours.
-        let (known, unused) =
+        (*runtimes, _gone) =
             mem::take(&mut *runtimes).into_iter().partition(|it| Arc::strong_count(it) > 1);
-        *runtimes = known;
-        gone.extend::<Vec<_>>(unused);
         match runtimes.iter().find(|runtime| runtime.handle.id() == handle.id()) {
             Some(runtime) => runtime.clone(),
             None => {
@@ -585,21 +604,19 @@ impl Owner {
 
     fn refuse_in(&self, shard: usize, name: &'static str) {
         let counts = crate::Counts { attempted: 1, refused: 1, ..Default::default() };
-        lock(&self.shards[shard].0).base.add(name, counts);
+        *lock(&self.shards[shard].0).base.of(name) += counts;
     }
 
-    /// Counts a set that is over, once, and lets go of it.
+    /// Counts a set that is [over](Set::is_over), and lets go of it.
     pub(crate) fn retire(&self, set: &Arc<Set>) {
         let Place { shard, index } = set.place;
         // Asked here, for it may run the code of others; for nothing, unless a task was told.
         let trace_id = if set.has_orders() { set.trace_id() } else { None };
         let mut sets = lock(&self.shards[shard].0);
-        if !set.retire(trace_id, &mut sets.base) {
-            return;
-        }
+        set.add_to(&mut sets.base, trace_id);
         let removed = sets.listed[index].take();
         sets.free.push(index);
-        let own = sets.own.take_if(|own| Arc::ptr_eq(own, set));
+        let own = if set.is_own() { sets.own.take_if(|own| Arc::ptr_eq(own, set)) } else { None };
         // Neither is the last one, but nothing hangs on that.
         drop(sets);
         drop((removed, own));
@@ -609,7 +626,7 @@ impl Owner {
     pub(crate) fn fold(&self, set: &Arc<Set>) {
         let mut sets = lock(&self.shards[set.place.shard].0);
         sets.folds += 1;
-        set.fold(|name, counts| sets.base.add(name, counts));
+        set.fold(|name, counts| *sets.base.of(name) += counts);
     }
 
     fn close(&self) {

@@ -99,7 +99,8 @@ impl Set {
         own: bool,
     ) -> Arc<Self> {
         // A set of the registry has tasks from many places.
-        let limits = if own { Limits::default() } else { Limits::current() };
+        let has_limits = !own && Limits::are_here();
+        let limits = if has_limits { Limits::current() } else { Limits::default() };
         let level = match &config.limit {
             Some(_) => Level::Task,
             None if own => Level::Free,
@@ -226,7 +227,7 @@ impl Set {
         drop(inner);
         let (slot, generation, kind, full) = taken?;
         self.settle(false, full);
-        Some(Ticket { slot, generation, kind, has_extra: false })
+        Some(Ticket { slot, generation, kind, has_home: false })
     }
 
     /// Whether a permit was taken, if there has to be one. If not, there may be one yet.
@@ -293,15 +294,14 @@ impl Set {
             }
         };
         let (slot, generation, kind, full) = inner.take_in(plan, since);
-        let observed = self.config.observer.is_some();
-        let has_extra = plan.has_choices() || lifetime.is_some() || home.is_some() || observed;
-        if has_extra {
+        let has_home = home.is_some() || self.config.observer.is_some();
+        if plan.has_choices() || lifetime.is_some() || has_home {
             self.enter_with(inner, plan, runtime, slot, lifetime, home);
         } else {
             drop(inner);
         }
         self.settle(false, full);
-        Ok(Ticket { slot, generation, kind, has_extra })
+        Ok(Ticket { slot, generation, kind, has_home })
     }
 
     /// The rest of it, for a task that the set knows more of.
@@ -316,11 +316,13 @@ impl Set {
         home: Option<Box<Home>>,
     ) {
         let extra = self.new_extra(&inner, plan, runtime, slot, lifetime, home);
-        let keys = [extra.timeout, extra.lifetime.and_then(|lifetime| lifetime.key)];
-        inner.extras.insert(slot, extra);
+        let keys = [extra.timeout_key, extra.lifetime.and_then(|lifetime| lifetime.key)];
+        let far_timeout = extra.timeout.filter(|_| extra.timeout_key.is_none());
+        inner.extras.add(slot, extra);
         let put_off = mem::replace(&mut inner.watch, Watch::Needed) == Watch::PutOff;
+        let far = put_off | far_timeout.is_some_and(|at| inner.expect_timeout(at));
         drop(inner);
-        if put_off {
+        if far {
             self.watch_deadline();
         }
         if let (Some((at, _)), Some(runtime)) = (keys.into_iter().flatten().min(), runtime) {
@@ -426,7 +428,7 @@ impl Set {
         if inner.is_told(parent) {
             return Err(SpawnError::Closed);
         }
-        let own = inner.extras.get(&parent).and_then(|extra| extra.lifetime);
+        let own = inner.extras.get(parent).and_then(|extra| extra.lifetime);
         let lifetime = match (plan.policy(), own.or(inner.lifetime)) {
             (Some(policy), Some(parent)) => Some(parent.of_child(policy.get(end))?),
             // It lives as its parent does, or as all others do.
@@ -449,12 +451,14 @@ impl Set {
             lifetime.key = self.note(runtime, lifetime.until, Who::Task(slot));
         }
         let timeout = plan.timeout().and_then(|timeout| Instant::now().checked_add(timeout));
+        let near = timeout.filter(|_| !plan.timeout().is_some_and(Runtime::is_far));
         Extra {
             // What belongs to no request is kept.
             policy: plan.policy().filter(|_| !self.own).cloned(),
             on_panic: plan.on_panic(),
             lifetime,
-            timeout: self.note(runtime, timeout, Who::Task(slot)),
+            timeout,
+            timeout_key: self.note(runtime, near, Who::Task(slot)),
             stop: plan.stop().cloned(),
             grace: plan.grace(self.policy(inner)),
             trace_id: home.as_ref().and_then(|home| home.trace_id),
@@ -605,11 +609,11 @@ impl Set {
     pub(crate) fn leave(
         self: &Arc<Self>,
         slot: u32,
-        has_extra: bool,
+        has_home: bool,
         obeyed: Option<Outcome>,
         outcome: Outcome,
     ) {
-        if has_extra {
+        if has_home {
             self.part(slot, outcome);
         }
         if let Some(limit) = &self.config.limit {
@@ -620,7 +624,11 @@ impl Set {
             return self.leave_with_care(inner, slot, obeyed, outcome);
         }
         let waker = inner.count_out(slot, outcome);
-        drop(inner);
+        if inner.live == 0 {
+            self.leave_last(inner);
+        } else {
+            drop(inner);
+        }
         drop(waker);
     }
 
@@ -637,8 +645,7 @@ impl Set {
             inner.note_forced(slot, self.born, outcome);
         }
         if !inner.extras.is_empty() {
-            // It may have been told something after all that was its own had ended.
-            self.forget(inner.extras.remove(&slot).and_then(|extra| extra.grace_key));
+            inner.remove_extra(slot).into_iter().for_each(|key| self.forget(key));
         }
         let waker = inner.count_out(slot, outcome);
         let share = inner.share().cloned();
@@ -665,18 +672,13 @@ impl Set {
         self.settle(over, false);
     }
 
-    /// Ends what the set knows of a task beyond its entry.
+    /// Ends what of that is the code of others.
     #[inline(never)]
     fn part(&self, slot: u32, outcome: Outcome) {
         let mut inner = self.lock();
-        let Some(extra) = inner.extras.get_mut(&slot) else { return };
-        let lifetime = extra.lifetime.as_mut().and_then(|lifetime| lifetime.key.take());
-        let keys = [extra.timeout.take(), lifetime, extra.grace_key.take()];
+        let Some(extra) = inner.extras.get_mut(slot) else { return };
         let (home, started) = (extra.home.take(), extra.started);
         drop(inner);
-        for key in keys {
-            self.forget(key);
-        }
         // An observer, values and a span: the code of others.
         if let (Some(observer), Some(started)) = (&self.config.observer, started) {
             let (name, site) = self.name_and_site(slot);
@@ -733,44 +735,65 @@ impl Set {
         drop(waker);
     }
 
+    #[inline]
     fn end_tasks(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, end: End) {
-        let changed = inner.take_changed();
         if inner.live == 0 || inner.cancelled {
+            let changed = inner.take_changed();
             let over = inner.is_over(self.own);
             drop(inner);
             notify(changed);
             return self.settle(over, false);
         }
         let chosen = self.policy(&inner).get(end).unwrap_or_default();
+        let lifetime = Lifetime::begin(chosen);
+        if !lifetime.is_far() || inner.is_involved() {
+            return self.end_each(inner, end, lifetime);
+        }
+        let watch = inner.drain(lifetime);
+        drop(inner);
+        if watch {
+            self.watch_deadline();
+        }
+    }
+
+    /// The same if some have a choice of their own, or are to be told.
+    #[inline(never)]
+    fn end_each(
+        self: &Arc<Self>,
+        mut inner: MutexGuard<'_, Inner>,
+        end: End,
+        mut lifetime: Lifetime,
+    ) {
+        let changed = inner.take_changed();
+        let chosen = lifetime.at_end;
         let order = Order::Cancel(end.into());
         let mut news = News::default();
-        let mut lifetime = Lifetime::begin(chosen);
+        let mut watch = false;
         let all = lifetime.is_over();
-        if all {
-            inner.order = Some(order);
-            news.told = true;
-        } else if !lifetime.is_far() {
-            lifetime.key = self.note(self.runtime(), lifetime.until, Who::Set);
-            news.earliest = lifetime.until;
+        if lifetime.is_far() {
+            watch = inner.drain(lifetime);
+        } else {
+            if all {
+                inner.order = Some(order);
+                news.told = true;
+            } else {
+                lifetime.key = self.note(self.runtime(), lifetime.until, Who::Set);
+                news.earliest = lifetime.until;
+            }
+            inner.lifetime = Some(lifetime);
         }
-        let is_far = lifetime.is_far();
-        let watch = is_far && inner.watch == Watch::Needed;
-        if is_far && !watch {
-            inner.watch = Watch::PutOff;
-        }
-        inner.lifetime = Some(lifetime);
-        for (slot, extra) in &mut inner.extras {
+        for (slot, extra) in inner.extras.iter_mut() {
             let Some(policy) = &extra.policy else {
                 if all && extra.stop.is_some() {
-                    self.tell(*slot, extra, order, &mut news);
+                    self.tell(slot, extra, order, &mut news);
                 }
                 continue;
             };
             let mut lifetime = Lifetime::begin(policy.get(end).unwrap_or(chosen));
             if lifetime.is_over() {
-                self.tell(*slot, extra, order, &mut news);
+                self.tell(slot, extra, order, &mut news);
             } else {
-                lifetime.key = self.note(self.runtime(), lifetime.until, Who::Task(*slot));
+                lifetime.key = self.note(self.runtime(), lifetime.until, Who::Task(slot));
                 news.expect(lifetime.until);
             }
             extra.lifetime = Some(lifetime);
@@ -850,7 +873,7 @@ impl Set {
     #[cold]
     pub(crate) fn panicked(self: &Arc<Self>, slot: u32, panic: &Panic) {
         let mut inner = self.lock();
-        let own = inner.extras.get(&slot).and_then(|extra| extra.on_panic);
+        let own = inner.extras.get(slot).and_then(|extra| extra.on_panic);
         match own.or(self.policy(&inner).for_panic()).unwrap_or_default() {
             OnPanic::CancelSiblings if !self.own => {
                 drop(inner);
@@ -868,7 +891,7 @@ impl Set {
         }
     }
 
-    /// Sees to it that the reaper looks for the deadline of its tasks, which is far away.
+    /// Sees to it that the reaper looks for a deadline of its tasks that is far away.
     #[inline(never)]
     fn watch_deadline(&self) {
         if let Some(runtime) = self.runtime() {
@@ -883,11 +906,13 @@ impl Set {
             return false;
         }
         let mut inner = self.lock();
+        let others =
+            inner.note_timeouts(horizon, |until, slot| runtime.add(until, self, Who::Task(slot)));
         if inner.live == 0 || inner.order.is_some() {
-            return false;
+            return others;
         }
-        let Some(lifetime) = &mut inner.lifetime else { return false };
-        let Some(until) = lifetime.until else { return false };
+        let Some(lifetime) = &mut inner.lifetime else { return others };
+        let Some(until) = lifetime.until else { return others };
         if lifetime.key.is_none() && until <= horizon {
             lifetime.key = runtime.add(until, self, Who::Set);
         }
@@ -917,9 +942,9 @@ impl Set {
             }
             Who::Task(slot) => {
                 let was_told = inner.is_told(slot);
-                let Some(extra) = inner.extras.get_mut(&slot) else { return };
-                if extra.timeout == Some(key) {
-                    extra.timeout = None;
+                let Some(extra) = inner.extras.get_mut(slot) else { return };
+                if extra.timeout_key == Some(key) {
+                    (extra.timeout, extra.timeout_key) = (None, None);
                     if was_told {
                         return;
                     }
@@ -944,7 +969,7 @@ impl Set {
 
     #[cfg(all(test, loom))]
     pub(crate) fn set_timeout(&self, slot: u32, key: Key) {
-        self.lock().extras.entry(slot).or_default().timeout = Some(key);
+        self.lock().extras.of(slot).timeout_key = Some(key);
     }
 
     /// Tells one task to end.
@@ -954,7 +979,7 @@ impl Set {
         // What it was told first counts.
         if entry.kind != FREE && entry.generation == generation && !inner.is_told(slot) {
             let mut news = News::default();
-            let extra = inner.extras.entry(slot).or_default();
+            let extra = inner.extras.of(slot);
             self.tell(slot, extra, Order::Cancel(cause), &mut news);
             self.spread_to(inner, slot, news);
         }
@@ -978,7 +1003,7 @@ impl Set {
         let mut news = News::default();
         self.tell_all(&mut inner, Order::Cancel(cause), &mut news, |_| true);
         if abort {
-            inner.extras.values_mut().for_each(Extra::end_grace);
+            inner.extras.iter_mut().for_each(|(_, extra)| extra.end_grace());
         }
         // Here, so that whoever finds it cancelled under the lock sees it.
         self.mark_orders();
@@ -999,9 +1024,9 @@ impl Set {
     ) {
         inner.order.get_or_insert(order);
         news.told = true;
-        for (slot, extra) in &mut inner.extras {
+        for (slot, extra) in inner.extras.iter_mut() {
             if extra.is_told_alone() && which(extra) {
-                self.tell(*slot, extra, order, news);
+                self.tell(slot, extra, order, news);
             }
         }
     }
@@ -1181,23 +1206,19 @@ impl Set {
         }
     }
 
-    /// Counts it as over, if it is, and if that has not been done.
+    /// Adds the counts of a set that is over.
     ///
     /// `trace_id` is its own, if a shutdown has ended any of its tasks.
-    pub(crate) fn retire(&self, trace_id: Option<TraceId>, base: &mut Base) -> bool {
-        let mut inner = self.lock();
-        if !inner.is_over(self.own) {
-            return false;
-        }
-        inner.stage = Stage::Retired;
+    #[inline]
+    pub(crate) fn add_to(&self, base: &mut Base, trace_id: Option<TraceId>) {
+        let inner = self.lock();
         for kind in &inner.kinds {
-            base.add(kind.name, kind.counts(0));
+            kind.add_to(base.of(kind.name));
         }
         // They stay here as the counts do, for a snapshot that has found it listed.
         if let Some(rare) = &inner.rare {
             rare.forced.in_request(trace_id).for_each(|task| base.forced.push(task));
         }
-        true
     }
 
     /// Moves what is over out of it.
@@ -1357,13 +1378,14 @@ pub(crate) struct Ticket {
     slot: u32,
     generation: u16,
     kind: u16,
-    has_extra: bool,
+    /// As that of the [`Member`].
+    has_home: bool,
 }
 
 impl Ticket {
     #[inline]
     pub(crate) fn member(self, set: &Arc<Set>) -> Member {
-        Member::new(set.clone(), self.slot, self.has_extra)
+        Member::new(set.clone(), self.slot, self.has_home)
     }
 
     /// The future as a member of the set.

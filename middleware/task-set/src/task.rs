@@ -298,8 +298,8 @@ pub(crate) struct Member {
     pub(crate) set: Option<Arc<Set>>,
     pub(crate) slot: u32,
     pub(crate) outcome: Option<Outcome>,
-    /// The set keeps more of it than its entry.
-    pub(crate) extra: bool,
+    /// The set keeps a [`Home`](crate::set::Home) of it, or tells an observer of its end.
+    pub(crate) has_home: bool,
     phase: Phase,
 }
 
@@ -322,8 +322,8 @@ enum Phase {
 }
 
 impl Member {
-    pub(crate) const fn new(set: Arc<Set>, slot: u32, extra: bool) -> Self {
-        Self { set: Some(set), slot, outcome: None, extra, phase: Phase::Started }
+    pub(crate) const fn new(set: Arc<Set>, slot: u32, has_home: bool) -> Self {
+        Self { set: Some(set), slot, outcome: None, has_home, phase: Phase::Started }
     }
 
     #[inline]
@@ -347,17 +347,17 @@ impl Member {
                 return Err(self.obey(order));
             }
         }
-        if self.extra {
+        if self.has_home {
             marks |= CONTEXT;
         }
         let (mut away, mut level) = (None, Level::Free);
         if marks != 0 {
             level = self.set().level().raise();
             if marks & CONTEXT != 0 {
-                if !self.extra && Scope::lend(current_task) {
+                if !self.has_home && Scope::lend(current_task) {
                     marks = marks & !CONTEXT | LENT;
                 } else {
-                    self.set().enter_home(self.slot, self.extra, &mut away);
+                    self.set().enter_home(self.slot, self.has_home, &mut away);
                 }
             }
         }
@@ -379,10 +379,10 @@ impl Member {
         let caught = caught.map_err(|panic| self.tell(panic));
         forget(replace(&mut self.set, inside.leave()));
         if marks & CONTEXT != 0 {
-            self.extra |= self.set().leave_home(self.slot, &mut away);
+            self.has_home |= self.set().leave_home(self.slot, &mut away);
         } else if marks & LENT != 0 {
             if let Some(scope) = Scope::take_back() {
-                self.extra = self.set().keep(self.slot, scope);
+                self.has_home = self.set().keep(self.slot, scope);
             }
         }
         if marks != 0 {
@@ -454,8 +454,8 @@ impl Member {
     #[inline(never)]
     fn enter_to_drop(&mut self) -> bool {
         let set = self.set();
-        let is_away = self.extra || set.marks() & CONTEXT != 0;
-        let in_scope = is_away && set.enter_drop(self.slot, self.extra);
+        let is_away = self.has_home || set.marks() & CONTEXT != 0;
+        let in_scope = is_away && set.enter_drop(self.slot, self.has_home);
         let inside = InTask::enter(self.set.take(), self.slot);
         if inside.is_from_nowhere() {
             inside.stay();
@@ -484,10 +484,10 @@ impl Drop for Member {
         }
         let Some(set) = self.set.take() else { return };
         if was_in_scope {
-            set.leave_drop(self.slot, self.extra);
+            set.leave_drop(self.slot, self.has_home);
         }
         let outcome = self.outcome.unwrap_or(Outcome::Aborted);
-        set.leave(self.slot, self.extra, obeyed, outcome);
+        set.leave(self.slot, self.has_home, obeyed, outcome);
     }
 }
 

@@ -181,7 +181,7 @@ fn a_handle_costs_nothing() {
 }
 
 #[test]
-fn choices_of_a_tasks_own_cost_one_allocation_for_eleven() {
+fn choices_of_a_tasks_own_cost_one_allocation_for_four() {
     let [layer, ..] = layers();
     let cost = added(&layer, || {
         let set = TaskSet::current().unwrap();
@@ -194,19 +194,37 @@ fn choices_of_a_tasks_own_cost_one_allocation_for_eleven() {
 }
 
 #[test]
-fn a_graceful_task_costs_one_allocation_more_and_one_for_eleven() {
+fn a_graceful_task_costs_one_allocation_more_and_all_of_them_two_for_each_doubling() {
     let [layer, ..] = layers();
-    let cost = added(&layer, || {
-        let set = TaskSet::current().unwrap();
-        for _ in 0..4 {
-            set.spawn_graceful("task", |stop| async move { stop.is_cancelled() }).unwrap();
-        }
-    });
-    assert_eq!(cost, 5 + 4 + 1);
+    // Of the set itself, of what it knows of such tasks, and of where that is.
+    for (n, more) in [(1, 1), (4, 1), (8, 1 + 2), (9, 1 + 3 + 1), (1_000, 4 + 9 + 7)] {
+        let cost = added(&layer, move || {
+            let set = TaskSet::current().unwrap();
+            for _ in 0..n {
+                set.spawn_graceful("task", |stop| async move { stop.is_cancelled() }).unwrap();
+            }
+        });
+        assert_eq!(cost, n + 1 + n + more, "{n}");
+    }
 }
 
 #[test]
-fn a_group_costs_two_allocations_and_its_tasks_one_for_eleven() {
+fn a_timeout_costs_two_allocations_for_each_doubling() {
+    let [layer, ..] = layers();
+    for (n, more) in [(1, 1), (4, 1), (8, 1 + 2), (9, 1 + 3 + 1), (1_000, 4 + 9 + 7)] {
+        let cost = added(&layer, move || {
+            let set = TaskSet::current().unwrap();
+            for _ in 0..n {
+                let task = set.task("task").timeout(Duration::from_secs(60));
+                task.spawn(pending::<()>()).unwrap();
+            }
+        });
+        assert_eq!(cost, n + 1 + more, "{n}");
+    }
+}
+
+#[test]
+fn a_group_costs_two_allocations_and_its_tasks_one_for_four() {
     let [layer, ..] = layers();
     let cost = added(&layer, || {
         let set = TaskSet::current().unwrap();

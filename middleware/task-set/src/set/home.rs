@@ -136,9 +136,9 @@ impl Set {
     /// The task's code is about to run: in its own place, or in the context of the set. From there
     /// it inherits when something asks, which nearly always nothing does.
     #[inline(never)]
-    pub(crate) fn enter_home(&self, slot: u32, has_extra: bool, away: &mut Option<Away>) {
-        if has_extra {
-            let home = self.lock().extras.get_mut(&slot).and_then(|extra| extra.home.take());
+    pub(crate) fn enter_home(&self, slot: u32, has_home: bool, away: &mut Option<Away>) {
+        if has_home {
+            let home = self.lock().extras.get_mut(slot).and_then(|extra| extra.home.take());
             if let Some(mut home) = home {
                 let scope = std::mem::take(&mut home.scope);
                 away.insert(Away { scope, limits: None, home: Some(home) }).enter();
@@ -168,7 +168,7 @@ impl Set {
         }
         let mut home = home.unwrap_or_default();
         home.scope = scope;
-        self.lock().extras.entry(slot).or_default().home = Some(home);
+        self.lock().extras.of(slot).home = Some(home);
         true
     }
 
@@ -180,7 +180,7 @@ impl Set {
         let inherits = self.context.inherits();
         if inherits {
             let home = Box::new(Home { scope, ..Home::default() });
-            self.lock().extras.entry(slot).or_default().home = Some(home);
+            self.lock().extras.of(slot).home = Some(home);
         }
         inherits
     }
@@ -193,11 +193,11 @@ impl Set {
     /// The task's future is about to be dropped. Whether its context is now the current one: not if
     /// another is, for there is no place to keep it.
     #[inline(never)]
-    pub(crate) fn enter_drop(&self, slot: u32, has_extra: bool) -> bool {
+    pub(crate) fn enter_drop(&self, slot: u32, has_home: bool) -> bool {
         if !place::is_nowhere() || Limits::are_here() {
             return false;
         }
-        if !has_extra {
+        if !has_home {
             return Scope::lend(current_task);
         }
         if !Scope::is_nowhere() {
@@ -206,18 +206,18 @@ impl Set {
         let mut away = None;
         // A destructor does not wait.
         let level = Level::current();
-        self.enter_home(slot, has_extra, &mut away);
+        self.enter_home(slot, has_home, &mut away);
         Level::leave(level);
         if let Some(Away { home: Some(home), .. }) = away {
-            self.lock().extras.entry(slot).or_default().home = Some(home);
+            self.lock().extras.of(slot).home = Some(home);
         }
         true
     }
 
     /// It has been dropped, and was [entered](Self::enter_drop).
     #[inline]
-    pub(crate) fn leave_drop(&self, slot: u32, has_extra: bool) {
-        if has_extra {
+    pub(crate) fn leave_drop(&self, slot: u32, has_home: bool) {
+        if has_home {
             self.leave_home_to_drop(slot);
         } else if let Some(scope) = Scope::take_back() {
             // Values are the code of others.
@@ -227,7 +227,7 @@ impl Set {
 
     #[inline(never)]
     fn leave_home_to_drop(&self, slot: u32) {
-        let home = self.lock().extras.get_mut(&slot).and_then(|extra| extra.home.take());
+        let home = self.lock().extras.get_mut(slot).and_then(|extra| extra.home.take());
         if let Some(home) = &home {
             home.leave_span();
             Limits::default().leave();
@@ -250,7 +250,7 @@ pub(crate) fn current_task(context: &RequestContext) -> Option<(RequestContext, 
     }
     let (name, site) = set.name_and_site(slot);
     let inner = set.lock();
-    let own = inner.extras.get(&slot).and_then(|extra| extra.policy.as_ref());
+    let own = inner.extras.get(slot).and_then(|extra| extra.policy.as_ref());
     let task = Task::new(name, site).kept(set.is_kept(&inner, own));
     Some((set.context.clone(), task))
 }

@@ -1,10 +1,4 @@
-use std::{
-    collections::{BTreeMap, HashMap},
-    panic::Location,
-    sync::Arc,
-    task::Waker,
-    time::Duration,
-};
+use std::{collections::HashMap, panic::Location, sync::Arc, task::Waker, time::Duration};
 
 use smallvec::SmallVec;
 use tokio::time::Instant;
@@ -35,7 +29,9 @@ pub(super) struct Inner {
     ticks: u32,
     ticks_used: u8,
     /// What only some tasks have.
-    pub(super) extras: BTreeMap<u32, Extra>,
+    pub(super) extras: Extras,
+    /// No timeout that is far away comes before this, if there are any.
+    next_timeout: Option<Instant>,
     pub(super) end: Option<End>,
     /// Accepts nothing, whether it has ended or not: the registry is closed.
     pub(super) closed: bool,
@@ -104,7 +100,8 @@ pub(super) enum Stage {
     Counting,
     /// A set of the registry takes no task any more: the registry has another.
     Gone,
-    /// The set's counts are in the base of its shard, which counts what comes too late.
+    /// It is over. Its counts stay as they are, and are in the base of its shard by now or soon;
+    /// that counts what comes too late.
     Retired,
 }
 
@@ -141,7 +138,9 @@ pub(super) struct Extra {
     pub(super) lifetime: Option<Lifetime>,
     /// What it is to do at its next await.
     pub(super) order: Option<Order>,
-    pub(super) timeout: Option<Key>,
+    pub(super) timeout: Option<Instant>,
+    /// Of one that is noted; one that is far away is not yet.
+    pub(super) timeout_key: Option<Key>,
     /// It is told to stop by this, and always by itself.
     pub(super) stop: Option<Arc<Stop>>,
     /// What that has told it.
@@ -171,6 +170,94 @@ impl Extra {
         if let Some(told) = self.told {
             self.order.get_or_insert(told.after_grace());
         }
+    }
+}
+
+/// The [`Extra`]s of those tasks that have one: one after another in no order, and found by their
+/// slot.
+#[derive(Default)]
+pub(super) struct Extras {
+    list: Vec<(u32, Extra)>,
+    /// Where they are in the list, by slot. None while these are few: they are looked through.
+    places: Vec<u32>,
+}
+
+impl Extras {
+    /// So many are looked through one by one.
+    const FEW: usize = 8;
+
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    #[inline]
+    fn find(&self, slot: u32) -> Option<usize> {
+        if self.list.is_empty() { None } else { self.search(slot) }
+    }
+
+    #[inline(never)]
+    fn search(&self, slot: u32) -> Option<usize> {
+        if self.places.is_empty() {
+            return self.list.iter().position(|(other, _)| *other == slot);
+        }
+        let place = *self.places.get(slot as usize)?;
+        (place != NONE).then_some(place as usize)
+    }
+
+    pub(super) fn get(&self, slot: u32) -> Option<&Extra> {
+        self.find(slot).map(|place| &self.list[place].1)
+    }
+
+    pub(super) fn get_mut(&mut self, slot: u32) -> Option<&mut Extra> {
+        self.find(slot).map(|place| &mut self.list[place].1)
+    }
+
+    /// That of the task in this slot, which has one from now on.
+    pub(super) fn of(&mut self, slot: u32) -> &mut Extra {
+        let place = match self.find(slot) {
+            Some(place) => place,
+            None => self.add(slot, Extra::default()),
+        };
+        &mut self.list[place].1
+    }
+
+    /// Where it is now. The task has none yet.
+    pub(super) fn add(&mut self, slot: u32, extra: Extra) -> usize {
+        let place = self.list.len();
+        self.list.push((slot, extra));
+        if !self.places.is_empty() {
+            self.note(place);
+        } else if place >= Self::FEW {
+            self.places.reserve(self.list.capacity());
+            (0..=place).for_each(|place| self.note(place));
+        }
+        place
+    }
+
+    pub(super) fn remove(&mut self, slot: u32) -> Option<Extra> {
+        let place = self.find(slot)?;
+        let (_, extra) = self.list.swap_remove(place);
+        if let Some(old) = self.places.get_mut(slot as usize) {
+            *old = NONE;
+            if place < self.list.len() {
+                self.note(place);
+            }
+        }
+        Some(extra)
+    }
+
+    fn note(&mut self, place: usize) {
+        let slot = self.list[place].0 as usize;
+        if self.places.len() <= slot {
+            self.places.resize(slot + 1, NONE);
+        }
+        // There are no more than `u32::MAX`.
+        self.places[slot] = u32::try_from(place).unwrap_or(NONE);
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut Extra)> {
+        self.list.iter_mut().map(|(slot, extra)| (*slot, extra))
     }
 }
 
@@ -230,7 +317,8 @@ impl Inner {
             live: 0,
             ticks: 0,
             ticks_used: 0,
-            extras: BTreeMap::new(),
+            extras: Extras::default(),
+            next_timeout: None,
             end: None,
             closed,
             cancelled: false,
@@ -243,6 +331,18 @@ impl Inner {
             response: None,
             rare: None,
         }
+    }
+
+    /// The response is over, and its tasks have a time that is far away. Whether the reaper is to
+    /// look for that now.
+    #[inline]
+    pub(super) fn drain(&mut self, lifetime: Lifetime) -> bool {
+        self.lifetime = Some(lifetime);
+        let watch = self.watch == Watch::Needed;
+        if !watch {
+            self.watch = Watch::PutOff;
+        }
+        watch
     }
 
     /// What few sets have, for this one.
@@ -269,7 +369,7 @@ impl Inner {
 
     /// What the task in this slot is to do at its next await.
     pub(super) fn order(&self, slot: u32) -> Option<Order> {
-        match self.extras.get(&slot) {
+        match self.extras.get(slot) {
             Some(extra) if extra.is_told_alone() => extra.order,
             _ => self.order,
         }
@@ -279,7 +379,7 @@ impl Inner {
     #[cold]
     #[inline(never)]
     pub(super) fn note_forced(&mut self, slot: u32, born: Instant, outcome: Outcome) {
-        let extra = self.extras.get(&slot);
+        let extra = self.extras.get(slot);
         let told = match extra {
             Some(extra) if extra.is_told_alone() => extra.told.or(extra.order),
             _ => self.order,
@@ -302,7 +402,7 @@ impl Inner {
     /// Whether the task in this slot was told to end, be it that it may still go on.
     pub(super) fn is_told(&self, slot: u32) -> bool {
         self.order(slot).is_some()
-            || self.extras.get(&slot).is_some_and(|extra| extra.told.is_some())
+            || self.extras.get(slot).is_some_and(|extra| extra.told.is_some())
     }
 
     /// Takes no task any more, for the registry has another set. Whether it is over.
@@ -313,15 +413,16 @@ impl Inner {
         self.is_over(true)
     }
 
-    /// Whether nothing will be counted here any more. A set of the registry takes no more tasks
-    /// then: it would have to be counted twice.
+    /// Whether nothing will be counted here any more. Says so once, to who then retires it: it
+    /// takes no more tasks, and would else be counted twice.
+    #[inline]
     pub(super) fn is_over(&mut self, own: bool) -> bool {
         let over = self.live == 0
             && self.holds == 0
             && (own || self.end.is_some())
             && self.stage != Stage::Retired;
-        if over && own {
-            self.stage = Stage::Gone;
+        if over {
+            self.stage = Stage::Retired;
         }
         over
     }
@@ -376,11 +477,53 @@ impl Inner {
         waker
     }
 
-    /// Whether a task that ends has to look at more than its entry: it is the last, or there is
-    /// more.
+    /// Whether there is more to a task that ends than its entry.
     #[inline]
     pub(super) fn is_involved(&self) -> bool {
-        self.cancelled || self.rare.is_some() || !self.extras.is_empty() || self.live == 1
+        self.cancelled || self.rare.is_some() || !self.extras.is_empty()
+    }
+
+    /// Forgets what is known of this task beyond its entry, and what of that is noted.
+    pub(super) fn remove_extra(&mut self, slot: u32) -> [Option<Key>; 3] {
+        let extra = self.extras.remove(slot);
+        if self.extras.is_empty() {
+            self.next_timeout = None;
+        }
+        let keys = |extra: Extra| {
+            let lifetime = extra.lifetime.and_then(|lifetime| lifetime.key);
+            [extra.timeout_key, lifetime, extra.grace_key]
+        };
+        extra.map(keys).unwrap_or_default()
+    }
+
+    /// There is a timeout that is far away. Whether it is the only one that is known.
+    pub(super) fn expect_timeout(&mut self, at: Instant) -> bool {
+        let before = self.next_timeout;
+        self.next_timeout = Some(before.map_or(at, |before| before.min(at)));
+        before.is_none()
+    }
+
+    /// Notes the timeouts that are near by now. Whether there are others.
+    pub(super) fn note_timeouts(
+        &mut self,
+        horizon: Instant,
+        note: impl Fn(Instant, u32) -> Option<Key>,
+    ) -> bool {
+        if self.next_timeout.is_some_and(|next| next <= horizon) {
+            let mut others: Option<Instant> = None;
+            for (slot, extra) in self.extras.iter_mut() {
+                let Some(at) = extra.timeout.filter(|_| extra.timeout_key.is_none()) else {
+                    continue;
+                };
+                if at <= horizon {
+                    extra.timeout_key = note(at, slot);
+                } else {
+                    others = others.into_iter().chain([at]).min();
+                }
+            }
+            self.next_timeout = others;
+        }
+        self.next_timeout.is_some()
     }
 
     #[inline(never)]
@@ -447,15 +590,19 @@ impl Inner {
     #[cold]
     #[inline(never)]
     fn take_new_slot(&mut self, kind: u16, since: u32) -> (u32, u16) {
+        // Many a set has one task.
+        if self.tasks.is_empty() {
+            self.tasks.push(Entry { waker: None, since, kind, generation: 0 });
+            return (0, 0);
+        }
         self.grow();
         self.take_slot(kind, since)
     }
 
-    /// Makes some free entries; at first one, for many a set has one task.
+    /// Makes some free entries.
     fn grow(&mut self) {
         /// What nobody uses yet costs memory.
         const MOST: usize = 64;
-        let most = if self.tasks.is_empty() { 1 } else { MOST };
         if self.tasks.len() == self.tasks.capacity() {
             // By four and not by two: to move the entries is most of what a task among many costs
             // its set.
@@ -463,7 +610,7 @@ impl Inner {
         }
         // A million tasks are some 300 MB: there are no 4 billion.
         let begin = u32::try_from(self.tasks.len()).unwrap_or(NONE);
-        let more = (self.tasks.capacity() - self.tasks.len()).min(most);
+        let more = (self.tasks.capacity() - self.tasks.len()).min(MOST);
         let free = |since| Entry { waker: None, since, kind: FREE, generation: 0 };
         self.tasks.extend((begin + 1..).take(more).map(free));
         if let Some(last) = self.tasks.last_mut() {
@@ -499,4 +646,40 @@ pub(super) fn in_ticks(since: u32) -> Duration {
 
 fn address(name: &'static str, site: &'static Location<'static>) -> (usize, usize) {
     (name.as_ptr() as usize, std::ptr::from_ref(site) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_known_of_a_task_is_found_by_its_slot(
+            steps in prop::collection::vec((0..24_u32, any::<bool>()), 0..200),
+        ) {
+            let (mut extras, mut oracle) = (Extras::default(), BTreeMap::new());
+            for (n, (slot, adds)) in steps.into_iter().enumerate() {
+                let grace = Some(Duration::from_secs(n as u64));
+                if adds {
+                    extras.of(slot).grace = grace;
+                    oracle.insert(slot, grace);
+                } else {
+                    let removed = extras.remove(slot).map(|extra| extra.grace);
+                    prop_assert_eq!(removed, oracle.remove(&slot));
+                }
+                for slot in 0..24 {
+                    let found = extras.get(slot).map(|extra| extra.grace);
+                    prop_assert_eq!(found, oracle.get(&slot).copied());
+                }
+                let all: BTreeMap<_, _> =
+                    extras.iter_mut().map(|(slot, extra)| (slot, extra.grace)).collect();
+                prop_assert_eq!(&all, &oracle);
+                prop_assert_eq!(extras.is_empty(), oracle.is_empty());
+            }
+        }
+    }
 }

@@ -63,7 +63,7 @@ impl Set {
             if entry.kind == FREE {
                 continue;
             }
-            let extra = if inner.extras.is_empty() { None } else { inner.extras.get(&slot) };
+            let extra = inner.extras.get(slot);
             let own = extra.filter(|extra| extra.has_own_lifetime());
             let lifetime = match own {
                 Some(own) => own.lifetime,

@@ -15,7 +15,7 @@ use http::{Request, Response};
 use http_body_util::Empty;
 use tokio::{
     sync::oneshot,
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tower::{
     Layer, Service, ServiceExt,
@@ -451,6 +451,34 @@ async fn a_timeout_counts_from_the_spawn_on_whatever_the_response_does() {
             assert_ledger(&tasks, "timed out 1");
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn timeouts_near_and_far_come_when_they_should_in_whatever_order_they_are_set() {
+    let tasks = TaskRegistry::new();
+    let request = serve(&TaskSetLayer::new(&tasks));
+    let timeouts = [90_000, 2_000, 30_250, 500, 1_000, 1_001, 3_600_000, 2_000, 61_000, 3, 30_249];
+    let start = Instant::now();
+    // One that is done, and was the first of all that are far away.
+    let done = request.set.task("done").timeout(Duration::from_millis(1_500)).spawn(async {});
+    assert_eq!(outcome(done.unwrap()).await, Yield::Completed(()));
+    let live = timeouts.map(|millis| {
+        let timeout = Duration::from_millis(millis);
+        let task = request.set.task("task").timeout(timeout).spawn(forever()).unwrap();
+        tokio::spawn(async move { (outcome(task).await, start.elapsed(), timeout) })
+    });
+    for task in live {
+        let (found, lived, timeout) = task.await.unwrap();
+        assert_eq!(found, Yield::TimedOut);
+        let late = lived.checked_sub(timeout);
+        assert!(late.is_some_and(|late| late < Duration::from_millis(5)), "{lived:?}: {timeout:?}");
+    }
+    // The reaper sleeps for a second more, and another one starts.
+    sleep(secs(5)).await;
+    let last = request.set.task("last").timeout(secs(7)).spawn(forever()).unwrap();
+    let start = Instant::now();
+    assert_eq!(outcome(last).await, Yield::TimedOut);
+    assert!(start.elapsed() >= secs(7) && start.elapsed() < Duration::from_millis(7_005));
 }
 
 #[tokio::test(start_paused = true)]
