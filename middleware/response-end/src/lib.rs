@@ -100,8 +100,9 @@
 //! // In `Service::call`:
 //! let request = Request::new(());
 //! let (asked, dialect) = (Asked::of(&request), Dialect::of(&request));
-//! let inner = pending::<Result<Response<Full<Bytes>>, Infallible>>();
-//! let response = StoppableFuture::http(InFlight(shutdown.waiter()), asked, dialect, || inner);
+//! let call = |_| pending::<Result<Response<Full<Bytes>>, Infallible>>();
+//! let watch = InFlight(shutdown.waiter());
+//! let response = StoppableFuture::http(watch, asked, dialect, request, call);
 //!
 //! shutdown.give();
 //! assert_eq!(response.await?.status(), 503);
@@ -275,7 +276,7 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let hook = self.layer.hook(&request);
         let asked = Asked::of(&request);
-        ResponseFuture::http(hook, asked, || self.inner.call(request))
+        ResponseFuture::http(hook, asked, request, |request| self.inner.call(request))
     }
 }
 
@@ -296,7 +297,7 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let hook = self.layer.hook(&request);
         let (request, asked) = Asked::with_request_body(request);
-        ResponseFuture::http(hook, asked, || self.inner.call(request))
+        ResponseFuture::http(hook, asked, request, |request| self.inner.call(request))
     }
 }
 
@@ -315,7 +316,7 @@ where
 
     fn call(&mut self, request: Req) -> Self::Future {
         let hook = self.layer.hook(&request);
-        ResponseFuture::plain(hook, || self.inner.call(request))
+        ResponseFuture::plain(hook, request, |request| self.inner.call(request))
     }
 }
 
@@ -374,6 +375,7 @@ impl Asked {
     }
 
     /// R1. See RFC 9110, section 6.4.1.
+    #[inline]
     fn has_no_body(&self, status: StatusCode) -> bool {
         status.is_informational()
             || status == StatusCode::NO_CONTENT
@@ -411,8 +413,16 @@ impl<W: Watch> Watched<W> {
         self.end(end);
     }
 
+    #[inline]
     fn look_at(&mut self, upload: Option<&Upload>, cx: &Context<'_>) {
-        if !self.ended && upload.is_some_and(|upload| upload.poll_failed(cx)) {
+        if let Some(upload) = upload {
+            self.look_at_upload(upload, cx);
+        }
+    }
+
+    #[inline(never)]
+    fn look_at_upload(&mut self, upload: &Upload, cx: &Context<'_>) {
+        if !self.ended && upload.poll_failed(cx) {
             self.end(End::Disconnected);
         }
     }
@@ -477,27 +487,28 @@ pin_project! {
 }
 
 impl<F, W: Watch> ResponseFuture<F, W, Http> {
-    /// Watches what comes of `call`, the call of an HTTP service.
+    /// Watches what comes of `call` with `request`, the call of an HTTP service.
+    // Not by a closure that owns the request: that is large, and would be copied.
     #[inline]
-    pub fn http(watch: W, asked: Asked, call: impl FnOnce() -> F) -> Self {
-        Self::new(watch, asked, call)
+    pub fn http<R>(watch: W, asked: Asked, request: R, call: impl FnOnce(R) -> F) -> Self {
+        Self::new(watch, asked, request, call)
     }
 }
 
 impl<F, W: Watch> ResponseFuture<F, W, Plain> {
-    /// Watches what comes of `call`, the call of any other service.
-    pub fn plain(watch: W, call: impl FnOnce() -> F) -> Self {
+    /// Watches what comes of `call` with `request`, the call of any other service.
+    pub fn plain<R>(watch: W, request: R, call: impl FnOnce(R) -> F) -> Self {
         let asked = Asked { kind: Kind::Other, dialect: Dialect::default(), upload: None };
-        Self::new(watch, asked, call)
+        Self::new(watch, asked, request, call)
     }
 }
 
 impl<F, W: Watch, P> ResponseFuture<F, W, P> {
     #[inline]
-    fn new(watch: W, asked: Asked, call: impl FnOnce() -> F) -> Self {
+    fn new<R>(watch: W, asked: Asked, request: R, call: impl FnOnce(R) -> F) -> Self {
         let mut watched = Watched { watch, ended: false };
         let inside = Inside::enter(&mut watched);
-        let inner = call();
+        let inner = call(request);
         inside.leave();
         Self { inner: Some(inner), watched: Some(watched), asked, protocol: PhantomData }
     }
@@ -575,7 +586,7 @@ where
                     watched: this.watched.take(),
                     upload: this.asked.upload.take(),
                     left: left.unwrap_or(ENDLESS),
-                    over: false,
+                    next: Next::Inner,
                     in_trailers,
                 })
             })
@@ -647,8 +658,7 @@ pin_project! {
         upload: Option<Upload>,
         // How many bytes are to come.
         left: u64,
-        // Nothing comes any more: a further poll must not reach the inner body.
-        over: bool,
+        next: Next,
         // Whether the client of a `StoppableBody` sees trailers.
         in_trailers: bool,
     }
@@ -669,6 +679,17 @@ pin_project! {
     }
 }
 
+/// What a further poll of a body yields.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// What the inner body does.
+    Inner,
+    /// Nothing, by the inner body's own word: what else that says of itself still holds.
+    AtEnd,
+    /// Nothing: the inner body must not be reached.
+    Over,
+}
+
 /// An empty body that nobody watches.
 impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
     fn default() -> Self {
@@ -677,7 +698,7 @@ impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
             watched: None,
             upload: None,
             left: ENDLESS,
-            over: false,
+            next: Next::Inner,
             in_trailers: false,
         }
     }
@@ -688,7 +709,7 @@ impl<B: Body, W: Stop> ResponseBody<B, W> {
     /// that.
     fn poll_stop(self: Pin<&mut Self>, had_frame: bool, cx: &mut Context<'_>) -> Poll<Stopped> {
         let mut this = self.project();
-        let Some(watched) = this.watched.as_mut().filter(|_| !*this.over) else {
+        let Some(watched) = this.watched.as_mut().filter(|_| *this.next == Next::Inner) else {
             return Poll::Pending;
         };
         let stopped = ready!(watched.watch.poll_stop(cx));
@@ -698,7 +719,7 @@ impl<B: Body, W: Stop> ResponseBody<B, W> {
         if had_frame && is_last() {
             return Poll::Pending;
         }
-        *this.over = true;
+        *this.next = Next::Over;
         watched.drop_inner::<B>(stopped.end(), || this.inner.set(None));
         *this.watched = None;
         Poll::Ready(stopped)
@@ -706,23 +727,35 @@ impl<B: Body, W: Stop> ResponseBody<B, W> {
 }
 
 impl<B: Body, W: Watch> ResponseBody<B, W> {
+    /// Whether a poll is to yield `None` without asking the inner body. Then it is over.
+    #[inline]
+    fn finds_end(self: Pin<&mut Self>) -> bool {
+        let next = self.project().next;
+        let is_end = *next != Next::Inner;
+        if is_end {
+            *next = Next::Over;
+        }
+        is_end
+    }
+
     /// With what `wrap` makes of an error.
     // A frame is made in one go, as a response is.
     #[inline]
     fn poll_wrapped<E>(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         wrap: impl FnOnce(B::Error) -> E,
     ) -> Poll<Option<Result<Frame<B::Data>, E>>> {
-        let this = self.project();
-        let Some(mut inner) = this.inner.as_pin_mut().filter(|_| !*this.over) else {
+        if self.as_mut().finds_end() {
             return Poll::Ready(None);
-        };
+        }
+        let this = self.project();
+        let Some(mut inner) = this.inner.as_pin_mut() else { return Poll::Ready(None) };
         let Some(watched) = this.watched else {
             return inner.poll_frame(cx).map_err(wrap);
         };
         // Stays so if the inner body panics.
-        *this.over = true;
+        *this.next = Next::Over;
         let inside = Inside::enter(watched);
         let frame = inner.as_mut().poll_frame(cx);
         let is_data = matches!(&frame, Poll::Ready(Some(Ok(frame))) if frame.is_data());
@@ -731,7 +764,7 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
         watched.look_at(this.upload.as_ref(), cx);
         match frame {
             Poll::Pending => {
-                *this.over = false;
+                *this.next = Next::Inner;
                 Poll::Pending
             }
             Poll::Ready(None) => {
@@ -745,7 +778,7 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
             // Taken out and put in again, for trailers are three times as large.
             Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                 Ok(data) => {
-                    *this.over = false;
+                    *this.next = if at_end { Next::AtEnd } else { Next::Inner };
                     let len = u64::try_from(data.remaining()).unwrap_or(u64::MAX);
                     *this.left = this.left.saturating_sub(len);
                     if at_end {
@@ -774,12 +807,12 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.over || self.inner.as_ref().is_none_or(Body::is_end_stream)
+        self.next == Next::Over || self.inner.as_ref().is_none_or(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.inner {
-            Some(inner) if !self.over => inner.size_hint(),
+            Some(inner) if self.next != Next::Over => inner.size_hint(),
             _ => SizeHint::with_exact(0),
         }
     }

@@ -101,18 +101,25 @@ pin_project! {
 }
 
 impl<F, W: Watch> StoppableFuture<F, W, Http> {
-    /// Watches what comes of `call`, the call of an HTTP service, until `watch` ends it. `dialect`
-    /// is that of the request: it is answered in it.
+    /// Watches what comes of `call` with `request`, the call of an HTTP service, until `watch` ends
+    /// it. `dialect` is that of the request: it is answered in it.
     #[inline]
-    pub fn http(watch: W, asked: Asked, dialect: Dialect, call: impl FnOnce() -> F) -> Self {
-        Self { inner: ResponseFuture::http(watch, Asked { dialect, ..asked }, call) }
+    pub fn http<R>(
+        watch: W,
+        asked: Asked,
+        dialect: Dialect,
+        request: R,
+        call: impl FnOnce(R) -> F,
+    ) -> Self {
+        Self { inner: ResponseFuture::http(watch, Asked { dialect, ..asked }, request, call) }
     }
 }
 
 impl<F, W: Watch> StoppableFuture<F, W, Plain> {
-    /// Watches what comes of `call`, the call of any other service, until `watch` ends it.
-    pub fn plain(watch: W, call: impl FnOnce() -> F) -> Self {
-        Self { inner: ResponseFuture::plain(watch, call) }
+    /// Watches what comes of `call` with `request`, the call of any other service, until `watch`
+    /// ends it.
+    pub fn plain<R>(watch: W, request: R, call: impl FnOnce(R) -> F) -> Self {
+        Self { inner: ResponseFuture::plain(watch, request, call) }
     }
 }
 
@@ -208,6 +215,10 @@ where
         let mut this = self.project();
         let (stopped, in_trailers) = match this.state.as_mut().project() {
             StateProj::Inner { mut body } => {
+                // Here already, where no frame needs a place.
+                if body.as_mut().finds_end() {
+                    return Poll::Ready(None);
+                }
                 let frame = body.as_mut().poll_wrapped(cx, BodyError::Inner);
                 match body.as_mut().poll_stop(frame.is_ready(), cx) {
                     Poll::Ready(stopped) => (stopped, body.in_trailers),

@@ -578,6 +578,24 @@ proptest! {
 // The body after its end.
 
 #[test]
+fn a_body_that_says_it_is_at_its_end_is_not_polled_again() {
+    let ends = Ends::default();
+    let mut script = Script::new([Step::Data(3)]).tells_its_end();
+    script.exact = Some(9);
+    let polls = script.polls.clone();
+    let mut body = Box::pin(answer(&ends, get(), reply(200, script)).into_body());
+    assert_eq!(shown(&poll(body.as_mut())), "data(3)");
+    // What it says of its size is its own until somebody has seen the end.
+    assert_eq!(body.size_hint().exact(), Some(9));
+    for _ in 0..2 {
+        assert_eq!(shown(&poll(body.as_mut())), "none");
+        assert_eq!(body.size_hint().exact(), Some(0));
+    }
+    assert_eq!(polls.load(SeqCst), 1);
+    assert_eq!(ends.told(), [Completed]);
+}
+
+#[test]
 fn a_body_that_is_over_yields_none_for_ever() {
     for last in [Step::Trailers, Step::Fail, Step::Panic] {
         let ends = Ends::default();
@@ -1328,7 +1346,7 @@ fn the_request_body_passes_unchanged() {
 fn all_code_of_the_inner_service_runs_in_scope_and_the_end_is_told_once() {
     let log = Rc::new(Log::default());
     let inner = log.clone();
-    let call = ResponseFuture::http(Recording(log.clone()), Asked::of(&get()), move || {
+    let call = ResponseFuture::http(Recording(log.clone()), Asked::of(&get()), get(), move |_| {
         inner.note("call");
         NotingFuture(inner)
     });
@@ -1352,7 +1370,7 @@ fn all_code_of_the_inner_service_runs_in_scope_and_the_end_is_told_once() {
 
     let log = Rc::new(Log::default());
     let inner = log.clone();
-    drop(ResponseFuture::http(Recording(log.clone()), Asked::of(&get()), move || {
+    drop(ResponseFuture::http(Recording(log.clone()), Asked::of(&get()), get(), move |_| {
         NotingFuture(inner)
     }));
     assert_eq!(

@@ -250,8 +250,8 @@ fn an_error_becomes_a_boxed_one() {
 #[test]
 fn without_http_a_call_that_is_ended_is_an_error() {
     let test = Test::new(Stopped::TimedOut);
-    let mut response =
-        spawn(StoppableFuture::plain(test.clone(), || test.noted(pending::<Result<(), &str>>())));
+    let call = |()| test.noted(pending::<Result<(), &str>>());
+    let mut response = spawn(StoppableFuture::plain(test.clone(), (), call));
     assert_pending!(response.poll());
     test.signal.give();
     assert!(response.is_woken());
@@ -266,7 +266,7 @@ fn without_http_what_the_service_yields_passes() {
     for (output, end) in [(Ok(1), Completed), (Err("broken"), Failed)] {
         let test = Test::new(Stopped::TimedOut);
         test.signal.give();
-        let mut response = spawn(StoppableFuture::plain(test.clone(), || ready(output)));
+        let mut response = spawn(StoppableFuture::plain(test.clone(), (), |()| ready(output)));
         match (assert_ready!(response.poll()), output) {
             (Ok(passed), Ok(yielded)) => assert_eq!(passed, yielded),
             (Err(CallError::Inner(passed)), Err(yielded)) => assert_eq!(passed, yielded),
@@ -381,7 +381,7 @@ impl Test {
 
     fn call<F>(&self, request: &Request<()>, future: F) -> task::Spawn<StoppableFuture<F, Self>> {
         let (asked, dialect) = (Asked::of(request), Dialect::of(request));
-        spawn(StoppableFuture::http(self.clone(), asked, dialect, || future))
+        spawn(StoppableFuture::http(self.clone(), asked, dialect, request, |_| future))
     }
 
     fn body(

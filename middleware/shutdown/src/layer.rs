@@ -179,7 +179,7 @@ where
             request.extensions_mut().insert(ShutdownWatch::new(state.clone()));
         }
         let is_refused = in_flight.is_refused();
-        let inner = StoppableFuture::http(in_flight, asked, dialect, || Admitted {
+        let inner = StoppableFuture::http(in_flight, asked, dialect, request, |request| Admitted {
             inner: (!is_refused).then(|| self.inner.call(request)),
         });
         ResponseFuture { inner, closes }
@@ -201,7 +201,7 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let in_flight = InFlight::enter(&self.layer.state, Name::Call);
         let is_refused = in_flight.is_refused();
-        let inner = StoppableFuture::<_, _, Plain>::plain(in_flight, || Admitted {
+        let inner = StoppableFuture::<_, _, Plain>::plain(in_flight, request, |request| Admitted {
             inner: (!is_refused).then(|| self.inner.call(request)),
         });
         ResponseFuture { inner, closes: None }

@@ -170,7 +170,7 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let (scope, asked) = (LimitScope::new(&self.layer.limit), Asked::of(&request));
-        ResponseFuture::http(scope, asked, || self.inner.call(request))
+        ResponseFuture::http(scope, asked, request, |request| self.inner.call(request))
     }
 }
 
@@ -188,7 +188,7 @@ where
 
     fn call(&mut self, request: Req) -> Self::Future {
         let scope = LimitScope::new(&self.layer.limit);
-        ResponseFuture::<_, Plain>::plain(scope, || self.inner.call(request))
+        ResponseFuture::<_, Plain>::plain(scope, request, |request| self.inner.call(request))
     }
 }
 

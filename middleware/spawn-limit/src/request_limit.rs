@@ -258,8 +258,8 @@ impl<S, B, F> State<S, Request<B>, F, Http> {
         S: Service<Request<B>, Future = F>,
     {
         let (watch, asked) = (Counted::new(permit), Asked::of(&request));
-        let future =
-            tower_response_end::ResponseFuture::http(watch, asked, || service.call(request));
+        let call = |request| service.call(request);
+        let future = tower_response_end::ResponseFuture::http(watch, asked, request, call);
         Self::Serving { future }
     }
 }
@@ -270,9 +270,8 @@ impl<S, Req, F> State<S, Req, F, Plain> {
         S: Service<Req, Future = F>,
     {
         let watch = Counted::new(permit);
-        let future = tower_response_end::ResponseFuture::<_, _, Plain>::plain(watch, || {
-            service.call(request)
-        });
+        let call = |request| service.call(request);
+        let future = tower_response_end::ResponseFuture::<_, _, Plain>::plain(watch, request, call);
         Self::Serving { future }
     }
 }

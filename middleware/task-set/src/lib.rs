@@ -391,7 +391,7 @@ where
         let dialect = Dialect::of(&request);
         let scope = self.scope(&mut request, dialect);
         let asked = Asked::of(&request);
-        ResponseFuture::http(scope, asked, dialect, || self.inner.call(request))
+        ResponseFuture::http(scope, asked, dialect, request, |request| self.inner.call(request))
     }
 }
 
@@ -413,7 +413,7 @@ where
         let dialect = Dialect::of(&request);
         let scope = self.scope(&mut request, dialect);
         let (request, asked) = Asked::with_request_body(request);
-        ResponseFuture::http(scope, asked, dialect, || self.inner.call(request))
+        ResponseFuture::http(scope, asked, dialect, request, |request| self.inner.call(request))
     }
 }
 
@@ -432,6 +432,6 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let deadline = self.layer.deadline.as_ref().and_then(Limit::deadline);
         let scope = ResponseScope::new(&self.layer.config, deadline);
-        ResponseFuture::<_, Plain>::plain(scope, || self.inner.call(request))
+        ResponseFuture::<_, Plain>::plain(scope, request, |request| self.inner.call(request))
     }
 }

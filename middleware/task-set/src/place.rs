@@ -286,6 +286,7 @@ impl Watch for ResponseScope {
         self.end(end);
     }
 
+    #[inline]
     fn end(&mut self, end: End) {
         match &mut self.own {
             Some(Current::Set(set, _)) => set.end(end),
