@@ -155,7 +155,7 @@ impl TraceContext {
     /// `tracestate` if there is one, and `x-request-id`.
     ///
     /// They replace whatever was there, and B3 headers are removed: a call has one place in one
-    /// trace.
+    /// trace. A map that is full takes no more of them.
     pub fn inject(&self, headers: &mut HeaderMap) {
         self.call().write(headers, false);
     }

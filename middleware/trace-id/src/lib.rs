@@ -206,7 +206,8 @@ impl<T> TraceIdLayer<T> {
 impl<T, P> TraceIdLayer<T, P> {
     /// The share of traces, from 0.0 to 1.0, that are marked as sampled where the decision is
     /// ours: traces that begin here, and those that are resampled. It is 0.0 if not set, as W3C
-    /// Trace Context Level 2 has it in section 3.2.2.5.1.
+    /// Trace Context Level 2 has it in section 3.2.2.5.1. What is less, or no number, is 0.0,
+    /// and what is more is 1.0.
     ///
     /// Choose it by what may be recorded: everything that is called records what is sampled here.
     pub const fn sample_ratio(mut self, ratio: f64) -> Self {
