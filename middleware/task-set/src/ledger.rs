@@ -72,6 +72,10 @@ impl AddAssign for Counts {
 /// Request by request it is a photograph. The requests are read one after another, so the sum of
 /// tasks that live at once may be off by those that came and went meanwhile; the equations of
 /// [`Counts`] hold all the same, and no figure but `live` ever goes down.
+///
+/// Where a request has had more than 1,024 tasks at once, its counts are a photograph, and the list
+/// of its tasks is read after that in parts, so that no spawn waits for a list of a million: those
+/// that ended or came meanwhile may be in it or not, and none is in it twice.
 #[derive(Clone, Debug, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
@@ -226,11 +230,15 @@ impl Kind {
     /// Takes out all that is over, and leaves what lives.
     pub(crate) fn take(&mut self) -> Counts {
         let counts = self.counts(0);
-        let ended: u32 = self.ended.iter().sum();
-        let left = Self { spawned: self.spawned - ended, ..Self::new(self.name, self.site) };
+        let left = Self { spawned: self.live(), ..Self::new(self.name, self.site) };
         *self = Self { attempted: left.spawned, ..left };
         let left = u64::from(self.spawned);
         Counts { attempted: counts.attempted - left, spawned: counts.spawned - left, ..counts }
+    }
+
+    /// How many live, by the other counts.
+    pub(crate) fn live(&self) -> u32 {
+        self.spawned.saturating_sub(self.ended.iter().sum())
     }
 
     /// Adds what is over.

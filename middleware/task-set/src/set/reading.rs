@@ -4,16 +4,21 @@ use tower_request_context::TraceId;
 
 use super::{
     Set,
-    members::{FREE, Lifetime, in_ticks},
+    members::{FREE, Inner, Lifetime, NONE, in_ticks},
 };
 use crate::{
     AtEnd, LiveTask, Snapshot, TaskState,
     ledger::{ForcedTasks, Kind},
 };
 
+/// So many entries are read under one lock: some ten microseconds.
+const PART: usize = 1024;
+
 /// What was read of a set for a snapshot.
 pub(crate) struct Reading {
     kinds: Vec<Kind>,
+    /// How many tasks lived when the counts were read, if the list of them is of a time after that.
+    live: Option<u32>,
     tasks: Vec<ReadTask>,
     forced: ForcedTasks,
     age: Duration,
@@ -34,7 +39,9 @@ impl Reading {
         snapshot.live_tasks.reserve(self.tasks.len());
         for task in self.tasks {
             let kind = usize::from(task.kind);
-            live[kind] += 1;
+            // One that has come since the counts were read.
+            let Some(live) = live.get_mut(kind) else { continue };
+            *live += 1;
             let since = in_ticks(task.since);
             snapshot.live_tasks.push(LiveTask {
                 name: self.kinds[kind].name,
@@ -45,6 +52,9 @@ impl Reading {
                 at_end: task.at_end,
             });
         }
+        if let Some(all) = self.live {
+            live = live_by_kind(&self.kinds, all.into());
+        }
         snapshot.forced_tasks.extend(self.forced.in_request(self.trace_id));
         for (kind, live) in self.kinds.into_iter().zip(live) {
             snapshot.add(kind.name, kind.counts(live));
@@ -52,14 +62,43 @@ impl Reading {
     }
 }
 
+/// What the counts say. If that is not how many live together, the first kind shows it.
+fn live_by_kind(kinds: &[Kind], all: u64) -> Vec<u64> {
+    let mut live: Vec<_> = kinds.iter().map(|kind| u64::from(kind.live())).collect();
+    let others: u64 = live.iter().skip(1).sum();
+    if let Some(first) = live.first_mut() {
+        *first = all.saturating_sub(others);
+    }
+    live
+}
+
 impl Set {
-    /// All that is known of it now.
+    /// All that is known of it now. The list of many tasks is read in parts, so that nobody waits
+    /// for all of it.
     pub(crate) fn read(&self) -> Reading {
         // Made before the lock is taken; a few may come in between.
         let mut tasks = Vec::with_capacity(self.len());
         let inner = self.lock();
-        let general = self.policy(&inner).general().unwrap_or_default();
-        for (slot, entry) in (0..).zip(&inner.tasks) {
+        let kinds = inner.kinds.to_vec();
+        let forced = inner.rare.as_ref().map(|rare| rare.forced.clone()).unwrap_or_default();
+        let entries = inner.tasks.len();
+        let live = (entries > PART).then_some(inner.live);
+        self.read_part(&inner, 0, &mut tasks);
+        drop(inner);
+        for begin in (PART..entries).step_by(PART) {
+            self.read_part(&self.lock(), begin, &mut tasks);
+        }
+        let (age, trace_id) = (self.born.elapsed(), self.trace_id());
+        Reading { kinds, live, tasks, forced, age, trace_id }
+    }
+
+    /// Never inlined, for a bench counts its instructions.
+    #[inline(never)]
+    fn read_part(&self, inner: &Inner, begin: usize, tasks: &mut Vec<ReadTask>) {
+        let general = self.policy(inner).general().unwrap_or_default();
+        // There are no more than `u32::MAX`.
+        let first = u32::try_from(begin).unwrap_or(NONE);
+        for (slot, entry) in (first..).zip(inner.tasks.iter().skip(begin).take(PART)) {
             if entry.kind == FREE {
                 continue;
             }
@@ -84,10 +123,6 @@ impl Set {
                 trace_id: extra.and_then(|extra| extra.trace_id),
             });
         }
-        let kinds = inner.kinds.to_vec();
-        let forced = inner.rare.as_ref().map(|rare| rare.forced.clone()).unwrap_or_default();
-        drop(inner);
-        Reading { kinds, tasks, forced, age: self.born.elapsed(), trace_id: self.trace_id() }
     }
 
     /// That of the request. Not under a lock.

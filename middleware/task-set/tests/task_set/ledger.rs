@@ -337,3 +337,27 @@ async fn two_registries_know_nothing_of_each_other() {
     assert_ledger(&one, "live 1");
     assert_ledger(&other, "");
 }
+
+#[tokio::test]
+async fn a_snapshot_of_a_set_with_many_tasks_lists_each_once() {
+    const MANY: usize = 5_000;
+    let tasks = TaskRegistry::new();
+    let served = serve(&TaskSetLayer::new(&tasks));
+    let spawn = |n: usize| {
+        let name = if n % 3 == 0 { "third" } else { "other" };
+        served.set.spawn(name, forever()).unwrap()
+    };
+    let handles: Vec<_> = (0..MANY).map(spawn).collect();
+    for handle in handles.into_iter().step_by(2) {
+        handle.cancel();
+        outcome(handle).await;
+    }
+    let snapshot = tasks.snapshot();
+    assert!(snapshot.totals.is_exact(), "{:?}", snapshot.totals);
+    assert!(snapshot.by_name.values().all(Counts::is_exact), "{:?}", snapshot.by_name);
+    assert_eq!((snapshot.totals.live, snapshot.totals.cancelled), (2_500, 2_500));
+    let listed = |name| snapshot.live_tasks.iter().filter(|task| task.name == name).count();
+    assert_eq!(listed("third") as u64, snapshot.by_name["third"].live);
+    assert_eq!(listed("other") as u64, snapshot.by_name["other"].live);
+    assert_eq!(snapshot.live_tasks.len(), 2_500);
+}
