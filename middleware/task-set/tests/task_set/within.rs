@@ -148,13 +148,13 @@ async fn whoever_waits_when_the_group_ends_is_closed_out() {
     let ends: [(&str, EndIt); 3] = [
         ("told to end", |group| {
             group.cancel_all();
-            std::mem::forget(group);
+            leak(group);
         }),
         ("dropped", drop),
         ("empty", |group| {
             let mut wait = task::spawn(group.wait());
             tokio_test::assert_ready!(wait.poll());
-            std::mem::forget(wait);
+            leak(wait);
         }),
     ];
     for (way, end) in ends {
