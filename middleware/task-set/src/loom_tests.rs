@@ -13,6 +13,7 @@ use std::{
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     task::{Context, Poll, Wake, Waker},
+    time::Duration,
 };
 
 use loom::{future::block_on, thread};
@@ -29,6 +30,7 @@ use crate::{
     sync::OwnedNotified,
     task::{Cause, Graceful, Member, Order, Outcome, Tracked},
     task_set::{Choice, Plan, TaskOwner},
+    within::admit,
 };
 
 /// Runs a model, and returns the outcomes that were reached.
@@ -578,6 +580,43 @@ fn a_spawn_into_a_group_that_is_told_to_end_is_refused_or_told_and_waited_for() 
         accepted
     });
     assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn who_waits_in_the_line_of_a_group_that_ends_has_a_place_or_is_closed_out() {
+    for is_told in [true, false] {
+        let seen = outcomes(move || {
+            let registry = TaskRegistry::new();
+            let group = Group::new(Entered(set(&registry))).limit(1);
+            let handle = group.handle();
+            let (set, ticket, seat) = handle.admit(&plan()).unwrap();
+            let holds = handle.work(ticket.track(&set, async {}), seat);
+            let waiter = thread::spawn(move || {
+                // Who is left in the line would be a hang, which loom reports.
+                match block_on(admit(&handle, plan(), Duration::MAX)) {
+                    Ok((set, ticket, seat)) => {
+                        let _ = block_on(handle.work(ticket.track(&set, async {}), seat));
+                        true
+                    }
+                    Err(reason) => {
+                        assert_eq!(reason, SpawnError::Closed);
+                        false
+                    }
+                }
+            });
+            block_on(holds).unwrap();
+            if is_told {
+                group.cancel_all();
+            }
+            block_on(group.wait());
+            let spawned = registry.snapshot().totals.spawned;
+            let accepted = waiter.join().unwrap();
+            assert_eq!(registry.snapshot().totals.spawned, spawned, "it takes no more");
+            assert_exact(&registry, 2, u64::from(!accepted), 0);
+            accepted
+        });
+        assert_eq!(seen, [false, true]);
+    }
 }
 
 #[test]

@@ -254,7 +254,11 @@ pub(crate) trait Line {
     fn count_refused(&self, plan: &Plan<'_>);
 }
 
-async fn admit<L: Line>(line: &L, plan: Plan<'_>, wait: Duration) -> Result<L::Place, SpawnError> {
+pub(crate) async fn admit<L: Line>(
+    line: &L,
+    plan: Plan<'_>,
+    wait: Duration,
+) -> Result<L::Place, SpawnError> {
     let hand = Mutex::default();
     let plan = Plan { hand: Some(&hand), ..plan };
     let attempt = |permit: &mut Option<Permit>| {
