@@ -10,7 +10,7 @@ use std::{
     convert::Infallible,
     env,
     panic::{self, AssertUnwindSafe, catch_unwind},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Once,
     task::{Context, Poll, Waker},
     thread,
@@ -29,7 +29,10 @@ use tokio::{
 use tower::{Layer, Service, service_fn};
 use tower_tasks::{
     AtEnd, End, SpawnError, SpawnLimit, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
-    task_set::{Cause, Hold, NewTask, ResponseBody, StopToken, TaskState},
+    task_set::{
+        Cause, FailFast, Group, GroupHandle, Hold, NewTask, OnPanic, ResponseBody, StopToken,
+        TaskState,
+    },
 };
 
 const LIMIT: usize = 7;
@@ -91,16 +94,26 @@ struct Choice {
     on: Option<(End, Life)>,
     /// Of an ordinary task.
     timeout: Option<u64>,
+    on_panic: Option<OnPanic>,
 }
 
-/// Requests and tasks are named by numbers that are taken modulo how many there are.
+/// Requests, tasks and groups are named by numbers that are taken modulo how many there are.
 #[derive(Clone, Debug)]
 enum Step {
-    Begin(Life, Option<(End, Life)>),
+    Begin(Life, Option<(End, Life)>, Option<OnPanic>),
     Spawn(usize, Choice),
     SpawnOfRegistry(Choice),
     Nest(usize, Choice),
+    /// Of a request or of none; whether it fails fast, and its limit.
+    Group(Option<usize>, bool, Option<usize>),
+    SpawnInGroup(usize, Choice),
+    CancelGroup(usize),
+    DropGroup(usize),
+    /// Dropped, if it would have to wait.
+    WaitForGroup(usize),
     Finish(usize),
+    /// By an error, if it is in a group that fails fast.
+    Fail(usize),
     Panic(usize),
     CancelTask(usize),
     CancelSet(usize),
@@ -108,6 +121,8 @@ enum Step {
     AbortAll,
     Close,
     End(usize, End),
+    /// The server asks for more of the body.
+    Look(usize),
     Hold(usize),
     LetGo(usize),
     DropHandle(usize),
@@ -124,6 +139,11 @@ fn life() -> impl Strategy<Value = Life> {
     ]
 }
 
+fn on_panic() -> impl Strategy<Value = Option<OnPanic>> {
+    let choices = vec![OnPanic::Isolate, OnPanic::CancelSiblings, OnPanic::FailResponse];
+    option::weighted(0.15, prop::sample::select(choices))
+}
+
 fn end() -> impl Strategy<Value = End> {
     prop::sample::select(vec![End::Completed, End::Failed, End::Panicked, End::Disconnected])
 }
@@ -137,20 +157,29 @@ fn choice() -> impl Strategy<Value = Choice> {
     ];
     let timeout = option::weighted(0.2, prop::sample::select(&TIMEOUTS[..]));
     let on = option::weighted(0.2, (end(), life()));
-    (kind, option::of(life()), on, timeout).prop_map(|(kind, at_end, on, timeout)| {
+    let all = (kind, option::of(life()), on, timeout, on_panic());
+    all.prop_map(|(kind, at_end, on, timeout, on_panic)| {
         let timeout = timeout.filter(|_| matches!(kind, Kind::Ordinary | Kind::Bomb));
-        Choice { kind, at_end, on, timeout }
+        Choice { kind, at_end, on, timeout, on_panic }
     })
 }
 
 fn step() -> impl Strategy<Value = Step> {
     let n = || any::<u16>().prop_map(usize::from);
     prop_oneof![
-        3 => (life(), option::weighted(0.3, (end(), life()))).prop_map(|(l, on)| Step::Begin(l, on)),
+        3 => (life(), option::weighted(0.3, (end(), life())), on_panic())
+            .prop_map(|(life, on, on_panic)| Step::Begin(life, on, on_panic)),
         8 => (n(), choice()).prop_map(|(n, choice)| Step::Spawn(n, choice)),
         2 => choice().prop_map(Step::SpawnOfRegistry),
         4 => (n(), choice()).prop_map(|(n, choice)| Step::Nest(n, choice)),
+        2 => (option::weighted(0.8, n()), any::<bool>(), option::of(0..3_usize))
+            .prop_map(|(n, fails_fast, limit)| Step::Group(n, fails_fast, limit)),
+        5 => (n(), choice()).prop_map(|(n, choice)| Step::SpawnInGroup(n, choice)),
+        1 => n().prop_map(Step::CancelGroup),
+        1 => n().prop_map(Step::DropGroup),
+        1 => n().prop_map(Step::WaitForGroup),
         3 => n().prop_map(Step::Finish),
+        2 => n().prop_map(Step::Fail),
         2 => n().prop_map(Step::Panic),
         2 => n().prop_map(Step::CancelTask),
         1 => n().prop_map(Step::CancelSet),
@@ -158,6 +187,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::AbortAll),
         1 => Just(Step::Close),
         5 => (n(), end()).prop_map(|(n, end)| Step::End(n, end)),
+        2 => n().prop_map(Step::Look),
         1 => n().prop_map(Step::Hold),
         2 => n().prop_map(Step::LetGo),
         1 => n().prop_map(Step::DropHandle),
@@ -183,8 +213,12 @@ fn the_ledger_is_the_models_whatever_happens() {
         runtime.block_on(async {
             let mut both = Both::new();
             for (n, (step, settles)) in steps.iter().enumerate() {
+                // Who is told by another's end, and who has ended before, is else a matter of turns.
+                if both.model.chains {
+                    both.settle().await;
+                }
                 both.step(step).await;
-                if *settles {
+                if *settles || both.model.chains {
                     both.settle().await;
                     both.compare(n, step);
                 }
@@ -199,6 +233,7 @@ struct Both {
     tasks: TaskRegistry,
     limit: SpawnLimit,
     sets: Vec<Served>,
+    groups: Vec<Grouped>,
     real: Vec<Real>,
     model: Model,
 }
@@ -211,6 +246,7 @@ struct Real {
 
 enum Order {
     Finish,
+    Fail,
     Panic,
     Nest(Choice, UnboundedSender<Spawned>),
 }
@@ -222,7 +258,8 @@ impl Both {
         let limit = SpawnLimit::new(LIMIT).per_request(PER_REQUEST);
         let tasks = TaskRegistry::new().limit(limit.clone());
         let model = Model { limit: LIMIT, ..Model::default() };
-        Self { tasks, limit, sets: Vec::new(), real: Vec::new(), model }
+        let (sets, groups, real) = (Vec::new(), Vec::new(), Vec::new());
+        Self { tasks, limit, sets, groups, real, model }
     }
 
     #[expect(clippy::too_many_lines, reason = "one arm for each step")]
@@ -230,16 +267,24 @@ impl Both {
         let (sets, tasks) = (self.sets.len(), self.real.len());
         let request = |n: usize| n.checked_rem(sets);
         let task = |n: usize| n.checked_rem(tasks);
+        let groups = self.groups.len();
+        let group = |n: usize| n.checked_rem(groups);
         match step {
-            Step::Begin(at_end, on) => {
+            Step::Begin(at_end, on, on_panic) => {
                 let mut layer = TaskSetLayer::new(&self.tasks).at_end((*at_end).into());
                 if let Some((end, life)) = on {
                     layer = layer.on(*end, (*life).into());
                 }
+                if let Some(choice) = on_panic {
+                    layer = layer.on_panic(*choice);
+                }
                 self.sets.push(Served::new(&layer));
+                self.model.chains |= on_panic.is_some();
                 self.model.requests.push(Asked {
                     at_end: *at_end,
                     on: *on,
+                    on_panic: *on_panic,
+                    fails: false,
                     cancelled: false,
                     holds: 0,
                     held: None,
@@ -248,13 +293,13 @@ impl Both {
             }
             Step::Spawn(n, choice) => {
                 let Some(n) = request(*n) else { return };
-                let spawned = spawn(New::OfSet(self.sets[n].set.task(choice.kind.name())), choice);
-                let expected = self.model.spawn(Some(n), None, choice);
+                let spawned = spawn(New::Set(self.sets[n].set.task(choice.kind.name())), choice);
+                let expected = self.model.spawn(Some(n), None, None, choice);
                 self.spawned(spawned, expected);
             }
             Step::SpawnOfRegistry(choice) => {
-                let spawned = spawn(New::OfRegistry(self.tasks.task(choice.kind.name())), choice);
-                let expected = self.model.spawn(None, None, choice);
+                let spawned = spawn(New::Registry(self.tasks.task(choice.kind.name())), choice);
+                let expected = self.model.spawn(None, None, None, choice);
                 self.spawned(spawned, expected);
             }
             Step::Nest(n, choice) => {
@@ -275,20 +320,71 @@ impl Both {
                 self.settle().await;
                 let spawned = told.try_recv().expect("a task that lives does what it is sent");
                 let owner = self.model.tasks[n].owner;
-                let expected = self.model.spawn(owner, Some(n), choice);
+                let expected = self.model.spawn(owner, Some(n), None, choice);
                 self.spawned(spawned, expected);
                 self.settle().await;
             }
-            Step::Finish(n) | Step::Panic(n) => {
+            Step::Group(owner, fails_fast, limit) => {
+                let owner = owner.and_then(request);
+                let real = match owner {
+                    Some(n) => Grouped::new(&self.sets[n].set, *fails_fast, *limit),
+                    None => Grouped::new(&self.tasks, *fails_fast, *limit),
+                };
+                self.groups.push(real);
+                let (fails_fast, limit) = (*fails_fast, *limit);
+                self.model.chains |= fails_fast;
+                self.model.groups.push(Gathered { owner, fails_fast, limit, closed: false });
+            }
+            Step::SpawnInGroup(n, choice) => {
+                let Some(n) = group(*n) else { return };
+                let name = choice.kind.name();
+                let spawned = match &self.groups[n].handle {
+                    Either::All(handle) => spawn(New::Group(handle.task(name)), choice),
+                    Either::Try(handle) => spawn(New::TryGroup(handle.task(name)), choice),
+                };
+                let owner = self.model.groups[n].owner;
+                let expected = self.model.spawn(owner, None, Some(n), choice);
+                self.spawned(spawned, expected);
+            }
+            Step::CancelGroup(n) => {
+                let Some(n) = group(*n) else { return };
+                match &self.groups[n].handle {
+                    Either::All(handle) => handle.cancel_all(),
+                    Either::Try(handle) => handle.cancel_all(),
+                }
+                self.model.cancel_group(n, Cause::Requested, None);
+            }
+            Step::DropGroup(n) => {
+                let Some(n) = group(*n) else { return };
+                if self.groups[n].group.take().is_some() {
+                    self.model.drop_group(n);
+                }
+            }
+            Step::WaitForGroup(n) => {
+                self.settle().await;
+                let Some(n) = group(*n) else { return };
+                let Some(group) = self.groups[n].group.take() else { return };
+                let mut cx = Context::from_waker(Waker::noop());
+                let waited = match group {
+                    Either::All(group) => pin!(group.wait()).poll(&mut cx).map(|()| true),
+                    Either::Try(group) => pin!(group.wait()).poll(&mut cx).map(|it| it.is_ok()),
+                };
+                assert_eq!(waited, self.model.wait_for_group(n));
+            }
+            Step::Finish(n) | Step::Fail(n) | Step::Panic(n) => {
                 let Some(n) = task(*n) else { return };
                 let (order, outcome) = match step {
                     Step::Finish(_) => (Order::Finish, Outcome::Completed),
+                    Step::Fail(_) => (Order::Fail, Outcome::Completed),
                     _ => (Order::Panic, Outcome::Panicked),
                 };
                 drop(self.real[n].orders.send(order));
                 let task = &mut self.model.tasks[n];
                 // Only the first counts.
-                task.sent.get_or_insert(outcome);
+                if task.sent.is_none() && task.outcome.is_none() {
+                    task.sent = Some(outcome);
+                    task.fails = matches!(step, Step::Fail(_));
+                }
             }
             Step::CancelTask(n) => {
                 let Some(n) = task(*n) else { return };
@@ -318,6 +414,14 @@ impl Both {
                 let Some(n) = request(*n) else { return };
                 if self.sets[n].end(*end) {
                     self.model.end(n, *end);
+                }
+            }
+            Step::Look(n) => {
+                let Some(n) = request(*n) else { return };
+                let fails = self.sets[n].body.is_some() && self.model.requests[n].fails;
+                assert_eq!(self.sets[n].look(), fails);
+                if fails {
+                    self.model.end(n, End::Panicked);
                 }
             }
             Step::Hold(n) => {
@@ -426,7 +530,18 @@ impl Both {
         self.tasks.wait().await;
         self.compare(usize::MAX, &Step::AbortAll);
         assert_eq!(self.model.live(), 0);
-        for (real, task) in self.real.into_iter().zip(self.model.tasks) {
+        for (n, real) in self.groups.into_iter().enumerate() {
+            let Some(group) = real.group else { continue };
+            let waited = match group {
+                Either::All(group) => {
+                    group.wait().await;
+                    true
+                }
+                Either::Try(group) => group.wait().await.is_ok(),
+            };
+            assert_eq!(Poll::Ready(waited), self.model.wait_for_group(n));
+        }
+        for (real, task) in self.real.into_iter().zip(&self.model.tasks) {
             let Some(handle) = real.handle else { continue };
             let yielded = match handle.await {
                 Ok(()) => (Outcome::Completed, None),
@@ -434,6 +549,10 @@ impl Both {
                 Err(TaskError::Aborted(cause)) => (Outcome::Aborted, Some(cause)),
                 Err(TaskError::TimedOut) => (Outcome::TimedOut, None),
                 Err(TaskError::Panicked(_)) => (Outcome::Panicked, None),
+                Err(TaskError::Failed) => {
+                    assert!(self.model.fails(task));
+                    (Outcome::Completed, None)
+                }
                 Err(other) => panic!("{other}"),
             };
             let (outcome, cause) = yielded;
@@ -487,6 +606,75 @@ impl Served {
         }
         true
     }
+
+    /// Whether the body has failed.
+    fn look(&mut self) -> bool {
+        let Some(body) = &mut self.body else { return false };
+        let mut cx = Context::from_waker(Waker::noop());
+        let fails = matches!(body.as_mut().poll_frame(&mut cx), Poll::Ready(Some(Err(_))));
+        if fails {
+            self.body = None;
+        }
+        fails
+    }
+}
+
+/// Whether a group fails fast.
+enum Either<A, T> {
+    All(A),
+    Try(T),
+}
+
+struct Grouped {
+    /// Until it is dropped.
+    group: Option<Either<Group, Group<FailFast<()>>>>,
+    handle: Either<GroupHandle, GroupHandle<FailFast<()>>>,
+}
+
+/// Who makes groups.
+trait Groups {
+    fn group(&self) -> Group;
+    fn try_group(&self) -> Group<FailFast<()>>;
+}
+
+impl Groups for TaskSet {
+    fn group(&self) -> Group {
+        self.group()
+    }
+
+    fn try_group(&self) -> Group<FailFast<()>> {
+        self.try_group()
+    }
+}
+
+impl Groups for TaskRegistry {
+    fn group(&self) -> Group {
+        self.group()
+    }
+
+    fn try_group(&self) -> Group<FailFast<()>> {
+        self.try_group()
+    }
+}
+
+impl Grouped {
+    fn new(owner: &impl Groups, fails_fast: bool, limit: Option<usize>) -> Self {
+        if fails_fast {
+            let mut group = owner.try_group();
+            if let Some(limit) = limit {
+                group = group.limit(limit);
+            }
+            let handle = Either::Try(group.handle());
+            Self { group: Some(Either::Try(group)), handle }
+        } else {
+            let mut group = owner.group();
+            if let Some(limit) = limit {
+                group = group.limit(limit);
+            }
+            let handle = Either::All(group.handle());
+            Self { group: Some(Either::All(group)), handle }
+        }
+    }
 }
 
 /// A body that ends as it is sent.
@@ -509,22 +697,31 @@ impl Body for Ends {
     }
 }
 
-/// Of a request or of none.
+/// Of a request, of none, or of a group.
 enum New<'a> {
-    OfSet(NewTask<'a>),
-    OfRegistry(NewTask<'a, TaskRegistry>),
+    Set(NewTask<'a>),
+    Registry(NewTask<'a, TaskRegistry>),
+    Group(NewTask<'a, GroupHandle>),
+    TryGroup(NewTask<'a, GroupHandle<FailFast<()>>>),
+}
+
+/// What a task returns, where nobody asks whether it is an error.
+async fn in_any_case(future: impl Future<Output = Result<(), ()>> + Send) {
+    future.await.unwrap_or_default();
 }
 
 impl New<'_> {
     fn spawn(
         self,
         choice: &Choice,
-        future: impl Future<Output = ()> + Send + 'static,
+        future: impl Future<Output = Result<(), ()>> + Send + 'static,
     ) -> Result<TaskHandle<()>, SpawnError> {
-        match self {
-            Self::OfSet(new) => choose(new, choice).spawn(future).map_err(SpawnError::from),
-            Self::OfRegistry(new) => choose(new, choice).spawn(future).map_err(SpawnError::from),
-        }
+        Ok(match self {
+            Self::Set(new) => choose(new, choice).spawn(in_any_case(future))?,
+            Self::Registry(new) => choose(new, choice).spawn(in_any_case(future))?,
+            Self::Group(new) => choose(new, choice).spawn(in_any_case(future))?,
+            Self::TryGroup(new) => choose(new, choice).spawn(future)?,
+        })
     }
 
     fn spawn_graceful<F>(
@@ -533,14 +730,18 @@ impl New<'_> {
         make: impl FnOnce(StopToken) -> F + Send + 'static,
     ) -> Result<TaskHandle<()>, SpawnError>
     where
-        F: Future<Output = ()> + Send + 'static,
+        F: Future<Output = Result<(), ()>> + Send + 'static,
     {
-        match self {
-            Self::OfSet(new) => choose(new, choice).spawn_graceful(make).map_err(SpawnError::from),
-            Self::OfRegistry(new) => {
-                choose(new, choice).spawn_graceful(make).map_err(SpawnError::from)
+        Ok(match self {
+            Self::Set(new) => choose(new, choice).spawn_graceful(|stop| in_any_case(make(stop)))?,
+            Self::Registry(new) => {
+                choose(new, choice).spawn_graceful(|stop| in_any_case(make(stop)))?
             }
-        }
+            Self::Group(new) => {
+                choose(new, choice).spawn_graceful(|stop| in_any_case(make(stop)))?
+            }
+            Self::TryGroup(new) => choose(new, choice).spawn_graceful(make)?,
+        })
     }
 }
 
@@ -554,6 +755,9 @@ fn choose<'a, O>(mut new: NewTask<'a, O>, choice: &Choice) -> NewTask<'a, O> {
     if let Some(timeout) = choice.timeout {
         new = new.timeout(Duration::from_millis(timeout));
     }
+    if let Some(choice) = choice.on_panic {
+        new = new.on_panic(choice);
+    }
     if let Kind::Deaf(grace) = choice.kind {
         new = new.grace(Duration::from_millis(grace));
     }
@@ -566,13 +770,13 @@ fn spawn(new: New<'_>, choice: &Choice) -> Spawned {
         Kind::Ordinary => new.spawn(choice, obey(received)),
         Kind::Bomb => new.spawn(choice, async move {
             let _bomb = Bomb;
-            obey(received).await;
+            obey(received).await
         }),
         Kind::Graceful => new.spawn_graceful(choice, async move |stop| {
             tokio::select! {
                 biased;
-                () = obey(received) => {}
-                _ = stop.cancelled() => {}
+                result = obey(received) => result,
+                _ = stop.cancelled() => Ok(()),
             }
         }),
         Kind::Deaf(_) => new.spawn_graceful(choice, async move |_stop| obey(received).await),
@@ -580,14 +784,15 @@ fn spawn(new: New<'_>, choice: &Choice) -> Spawned {
     handle.map(|handle| (handle, orders))
 }
 
-async fn obey(mut orders: UnboundedReceiver<Order>) {
+async fn obey(mut orders: UnboundedReceiver<Order>) -> Result<(), ()> {
     loop {
         match orders.recv().await {
-            Some(Order::Finish) => return,
+            Some(Order::Finish) => return Ok(()),
+            Some(Order::Fail) => return Err(()),
             Some(Order::Panic) => panic!("model: a task"),
             Some(Order::Nest(choice, tell)) => {
                 let set = TaskSet::current().unwrap();
-                drop(tell.send(spawn(New::OfSet(set.task(choice.kind.name())), &choice)));
+                drop(tell.send(spawn(New::Set(set.task(choice.kind.name())), &choice)));
             }
             // Who sends is gone at the very end alone.
             None => std::future::pending().await,
@@ -624,6 +829,9 @@ enum Told {
 struct Asked {
     at_end: Life,
     on: Option<(End, Life)>,
+    on_panic: Option<OnPanic>,
+    /// When its body is looked at.
+    fails: bool,
     cancelled: bool,
     holds: usize,
     held: Option<End>,
@@ -637,12 +845,23 @@ enum Lifetime {
 }
 
 #[derive(Debug)]
+struct Gathered {
+    owner: Option<usize>,
+    fails_fast: bool,
+    limit: Option<usize>,
+    closed: bool,
+}
+
+#[derive(Debug)]
 struct Task {
     owner: Option<usize>,
     own: usize,
     choice: Choice,
     started: bool,
+    group: Option<usize>,
     sent: Option<Outcome>,
+    /// What was sent is to return an error.
+    fails: bool,
     timeout: Option<u64>,
     /// Since the response is over.
     lifetime: Option<Lifetime>,
@@ -662,7 +881,10 @@ struct Model {
     /// Which set the registry's own tasks are in: one that was cancelled takes no more.
     own: usize,
     requests: Vec<Asked>,
+    groups: Vec<Gathered>,
     tasks: Vec<Task>,
+    /// The end of a task may tell others.
+    chains: bool,
     refused: BTreeMap<&'static str, u64>,
 }
 
@@ -671,14 +893,20 @@ impl Model {
         self.tasks.iter().filter(|task| task.outcome.is_none()).count()
     }
 
+    fn members(&self, group: usize) -> impl Iterator<Item = &Task> {
+        self.tasks.iter().filter(move |task| task.group == Some(group))
+    }
+
     /// `parent` is the task that does it, if one does.
     fn spawn(
         &mut self,
         owner: Option<usize>,
         parent: Option<usize>,
+        group: Option<usize>,
         choice: &Choice,
     ) -> Result<(), SpawnError> {
-        let result = self.may_spawn(owner, parent, choice);
+        self.chains |= choice.on_panic.is_some();
+        let result = self.may_spawn(owner, parent, group, choice);
         match result {
             Ok(lifetime) => {
                 self.tasks.push(Task {
@@ -686,7 +914,9 @@ impl Model {
                     own: self.own,
                     choice: choice.clone(),
                     started: false,
+                    group,
                     sent: None,
+                    fails: false,
                     timeout: choice.timeout.map(|timeout| self.now + timeout),
                     lifetime,
                     told: None,
@@ -707,8 +937,19 @@ impl Model {
         &self,
         owner: Option<usize>,
         parent: Option<usize>,
+        group: Option<usize>,
         choice: &Choice,
     ) -> Result<Option<Lifetime>, SpawnError> {
+        if let Some(n) = group {
+            let group = &self.groups[n];
+            if group.closed {
+                return Err(SpawnError::Closed);
+            }
+            let live = self.members(n).filter(|task| task.outcome.is_none()).count();
+            if group.limit.is_some_and(|limit| live >= limit) {
+                return Err(SpawnError::Full);
+            }
+        }
         let of_owner = self.tasks.iter().filter(|task| task.owner == owner);
         let live = of_owner.filter(|task| task.outcome.is_none()).count();
         let mut lifetime = None;
@@ -767,6 +1008,39 @@ impl Model {
                 self.tell(n, Told::Because(cause));
             }
         }
+    }
+
+    fn cancel_group(&mut self, group: usize, cause: Cause, but: Option<usize>) {
+        self.groups[group].closed = true;
+        for n in 0..self.tasks.len() {
+            if self.tasks[n].group == Some(group) && Some(n) != but {
+                self.tell(n, Told::Because(cause));
+            }
+        }
+    }
+
+    fn drop_group(&mut self, n: usize) {
+        let owner = self.groups[n].owner.map(|owner| &self.requests[owner]);
+        let cause = owner.and_then(|owner| owner.end).map_or(Cause::Requested, Cause::from);
+        self.cancel_group(n, cause, None);
+    }
+
+    /// Whether all have returned `Ok`, where that is asked.
+    fn wait_for_group(&mut self, n: usize) -> Poll<bool> {
+        if self.members(n).any(|task| task.outcome.is_none()) {
+            self.drop_group(n);
+            return Poll::Pending;
+        }
+        self.groups[n].closed = true;
+        let is_ok = |task: &Task| task.outcome == Some(Outcome::Completed) && !self.fails(task);
+        Poll::Ready(!self.groups[n].fails_fast || self.members(n).all(is_ok))
+    }
+
+    /// Whether it has returned an error where that is asked.
+    fn fails(&self, task: &Task) -> bool {
+        let fails_fast = task.group.is_some_and(|group| self.groups[group].fails_fast);
+        // A graceful one that was told first has returned by itself.
+        fails_fast && task.fails
     }
 
     fn cancel_all(&mut self, cause: Cause) {
@@ -834,8 +1108,45 @@ impl Model {
         }
     }
 
-    /// Every task has had its turn.
+    /// Every task has had its turn, and what follows from that too.
     fn settle(&mut self) {
+        loop {
+            let lived: Vec<_> = self.tasks.iter().map(|task| task.outcome.is_none()).collect();
+            self.take_turns();
+            let ended = |n: &usize| lived[*n] && self.tasks[*n].outcome.is_some();
+            let ended: Vec<_> = (0..lived.len()).filter(ended).collect();
+            if ended.is_empty() {
+                return;
+            }
+            for n in ended {
+                self.follow(n);
+            }
+        }
+    }
+
+    /// What the end of this task does to others.
+    fn follow(&mut self, n: usize) {
+        let task = &self.tasks[n];
+        let (owner, group, outcome) = (task.owner, task.group, task.outcome);
+        if let (Some(Outcome::Panicked), Some(owner)) = (outcome, owner) {
+            let choice = task.choice.on_panic.or(self.requests[owner].on_panic);
+            match choice.unwrap_or_default() {
+                OnPanic::CancelSiblings => self.cancel(Some(owner), Cause::Sibling),
+                OnPanic::FailResponse => {
+                    let request = &mut self.requests[owner];
+                    request.fails |= request.end.is_none();
+                }
+                _ => {}
+            }
+        }
+        let is_failure = matches!(outcome, Some(Outcome::Panicked | Outcome::TimedOut));
+        let group = group.filter(|group| self.groups[*group].fails_fast);
+        if let Some(group) = group.filter(|_| is_failure || self.fails(&self.tasks[n])) {
+            self.cancel_group(group, Cause::Sibling, Some(n));
+        }
+    }
+
+    fn take_turns(&mut self) {
         for task in &mut self.tasks {
             if task.outcome.is_some() {
                 continue;
@@ -852,6 +1163,8 @@ impl Model {
                 (Kind::Graceful, Some(_), None) => Some(Outcome::Completed),
                 (_, _, sent) => sent,
             };
+            // It has done as it was told, or was dropped.
+            task.fails &= task.told.is_none() || task.sent.is_some();
             if bursts && task.outcome.is_some()
                 || matches!(
                     (task.choice.kind, task.outcome),
