@@ -47,8 +47,10 @@ enum Current {
 
 /// No task: the response's own code.
 const NO_SLOT: u32 = u32::MAX;
-/// The same, and the set was made by it just now.
-pub(crate) const JUST_MADE: u32 = u32::MAX - 1;
+/// The same, and the response is over: what makes it fail from now on comes too late.
+const OVER: u32 = u32::MAX - 1;
+/// The same, and the set was made by it just now. Below are the tasks.
+pub(crate) const JUST_MADE: u32 = u32::MAX - 2;
 
 impl Here {
     const fn new() -> Self {
@@ -274,7 +276,7 @@ impl Watch for ResponseScope {
         }
         let Some(own) = &mut self.own else { return };
         HERE.with(|here| here.swap(own));
-        if let Current::Set(_, slot) = own {
+        if let Current::Set(_, slot @ JUST_MADE) = own {
             *slot = NO_SLOT;
         }
     }
@@ -289,7 +291,10 @@ impl Watch for ResponseScope {
     #[inline]
     fn end(&mut self, end: End) {
         match &mut self.own {
-            Some(Current::Set(set, _)) => set.end(end),
+            Some(Current::Set(set, slot)) => {
+                *slot = OVER;
+                set.end(end);
+            }
             // From now on no set can be made any more.
             Some(own) => *own = Current::Nothing,
             // The set is that of a layer outside, whose response this is too, or a part of.
@@ -311,7 +316,9 @@ impl Stop for ResponseScope {
             }
         }
         match &self.own {
-            Some(Current::Set(set, _)) => set.poll_failed(cx).map(Stopped::Panicked),
+            Some(Current::Set(set, slot)) if *slot != OVER || set.has_failed() => {
+                set.poll_failed(cx).map(Stopped::Panicked)
+            }
             _ => Poll::Pending,
         }
     }

@@ -48,6 +48,9 @@ const LEVEL: u8 = 1 << 2;
 /// There is more to a spawn than to a plain one.
 const CARE: u8 = 1 << 3;
 
+/// The response is to fail. Look under the lock.
+const FAILED: u8 = 1 << 5;
+
 /// So many tasks are woken for each lock.
 const WAKERS: usize = 32;
 
@@ -849,6 +852,11 @@ impl Set {
         self.lock().deadlines().iter().map(|deadline| deadline.at).min()
     }
 
+    /// Whether it may be that the response is to fail. A panic that is missed here came too late.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.marks() & FAILED != 0
+    }
+
     /// Whether the response is to fail; if not, wakes `cx` when it is.
     pub(crate) fn poll_failed(&self, cx: &Context<'_>) -> Poll<Panic> {
         let inner = self.lock();
@@ -881,6 +889,7 @@ impl Set {
             }
             OnPanic::FailResponse if inner.end.is_none() => {
                 inner.rare_mut().failed.get_or_insert_with(|| panic.clone());
+                self.marks.fetch_or(FAILED, Ordering::Relaxed);
                 let waker = inner.response.take();
                 drop(inner);
                 if let Some(waker) = waker {
