@@ -100,7 +100,10 @@ pub fn args() -> Vec<String> {
 
 /// This program, to be measured in a process of its own.
 pub fn this_program() -> Command {
-    Command::new(env::current_exe().expect("a program has a path"))
+    let mut command = Command::new(env::current_exe().expect("a program has a path"));
+    // A backtrace of each panic costs more than all else.
+    command.env_remove("RUST_BACKTRACE").env_remove("RUST_LIB_BACKTRACE");
+    command
 }
 
 /// Runs this program with these arguments, and reads the numbers that it prints.
