@@ -1410,7 +1410,7 @@ impl Ticket {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::{members::Entry, *};
     use crate::TaskRegistry;
