@@ -587,7 +587,8 @@ fn who_waits_in_the_line_of_a_group_that_ends_has_a_place_or_is_closed_out() {
     for is_told in [true, false] {
         let seen = outcomes(move || {
             let registry = TaskRegistry::new();
-            let group = Group::new(Entered(set(&registry))).limit(1);
+            let request = set(&registry);
+            let group = Group::new(Entered(request.clone())).limit(1);
             let handle = group.handle();
             let (set, ticket, seat) = handle.admit(&plan()).unwrap();
             let holds = handle.work(ticket.track(&set, async {}), seat);
@@ -613,6 +614,8 @@ fn who_waits_in_the_line_of_a_group_that_ends_has_a_place_or_is_closed_out() {
             let accepted = waiter.join().unwrap();
             assert_eq!(registry.snapshot().totals.spawned, spawned, "it takes no more");
             assert_exact(&registry, 2, u64::from(!accepted), 0);
+            // Lets go of the wakers.
+            request.end(End::Completed);
             accepted
         });
         assert_eq!(seen, [false, true]);
