@@ -12,16 +12,24 @@ thread_local! {
     static BUFFER: Cell<BytesMut> = Cell::default();
 }
 
-/// The size of a buffer in bytes: of some thirty ids. A value that is kept keeps all of it.
-const BUFFER_SIZE: usize = 1024;
+/// The size of a buffer in bytes: of some eight ids. A value that is kept keeps all of it, and an
+/// HTTP/2 connection keeps those of its last heads, up to fifty, to compress the next ones.
+const BUFFER_SIZE: usize = 256;
+
+/// The most that a head tells: a request id of 128 bytes and a trace id.
+const HEAD_MAX: usize = 128 + 32;
 
 /// The value of a header, which is all visible.
 ///
-/// Such a value lives until its head is written, so those of a thread share a buffer: they cost no
-/// allocation as long as the ones before are gone when it has been filled.
+/// Such a value mostly lives until its head is written, so those of a thread share a buffer: they
+/// cost no allocation as long as the ones before are gone when it has been filled.
 fn header(text: &[u8]) -> HeaderValue {
     let write = |buffer: &Cell<BytesMut>| {
         let mut next = buffer.take();
+        // Before the first id of a head, so that there is room for the second one too.
+        if next.capacity() < HEAD_MAX {
+            let _ = next.try_reclaim(BUFFER_SIZE);
+        }
         if next.capacity() < text.len() {
             next.reserve(BUFFER_SIZE);
         }

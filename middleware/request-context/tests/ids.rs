@@ -2,6 +2,7 @@
 
 use std::{cell::RefCell, sync::mpsc, thread};
 
+use allocation_counter::measure;
 use http::HeaderValue;
 use proptest::{prelude::*, sample::Index};
 use tower_request_context::{ParseIdError, RequestId, SpanId, TraceId};
@@ -221,6 +222,34 @@ fn ids_in_headers_stay_as_they_are_whatever_is_written_after_them() {
     // On another thread, whose end takes the buffer away, they are the same.
     let last = thread::spawn(move || headers(7)).join().unwrap();
     assert_eq!(last, kept[7]);
+}
+
+#[test]
+fn ids_in_heads_one_after_another_cost_no_allocation() {
+    let trace = TraceId::from_bytes([0xab; 16]).unwrap();
+    let head = |len| {
+        let id = RequestId::from_bytes(&[b'a'; 128][..len]).unwrap();
+        (id.to_header(), trace.to_header())
+    };
+    drop(head(1));
+    let lens = (1..=128).chain([32; 100]);
+    assert_eq!(measure(|| lens.for_each(|len| drop(head(len)))).count_total, 0);
+}
+
+/// As an HTTP/2 connection with few requests keeps those of its last heads, among others with many.
+#[test]
+fn an_id_in_a_header_that_is_kept_keeps_little_else() {
+    let id: RequestId = "0123456789abcdef0123456789abcdef".parse().unwrap();
+    let mut kept = Vec::with_capacity(50);
+    let costs = measure(|| {
+        for n in 0..2_000 {
+            let value = id.to_header();
+            if n % 40 == 0 {
+                kept.push(value);
+            }
+        }
+    });
+    assert!(costs.bytes_current <= 50 * 320, "{}", costs.bytes_current);
 }
 
 /// A value that is written while the thread ends, when there may be no buffer any more.

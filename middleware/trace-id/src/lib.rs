@@ -72,8 +72,9 @@
 //!
 //! Without a subscriber a request costs one system call for its ids and one allocation; one more if
 //! the trace is continued and has a `tracestate`. The ids that a response tells are written into a
-//! buffer of the thread's, which is used again when the heads before are gone. A task costs nothing
-//! until something in it asks for its context.
+//! buffer of the thread's, which is used again when the heads before are gone; while heads are kept,
+//! as HTTP/2 keeps the last ones of a connection, there is a new one for each eight ids. A task costs
+//! nothing until something in it asks for its context.
 //!
 //! # OpenTelemetry
 //!
