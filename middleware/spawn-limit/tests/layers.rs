@@ -272,3 +272,48 @@ async fn a_request_within_a_request_does_not_wait_for_its_permit() {
     assert!(outer.oneshot(()).await.unwrap());
     assert_eq!((start.elapsed(), layer.in_use()), (Duration::ZERO, 0));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_of_requests_that_is_changed_holds_for_those_who_wait_too() {
+    let layer = RequestLimitLayer::new(1).wait(LONG);
+    let mut service = layer.layer(service_fn(hello));
+    let first = service.ready().await.unwrap().call(Request::new(())).await.unwrap();
+    let mut second = task::spawn(service.ready().await.unwrap().call(Request::new(())));
+    assert_pending!(second.poll());
+    layer.set_limit(2);
+    assert!(second.is_woken());
+    let second = assert_ready_ok!(second.poll());
+    assert_eq!((layer.limit(), layer.in_use()), (2, 2));
+    layer.set_limit(0);
+    assert_eq!((layer.limit(), layer.in_use()), (0, 2), "none is ended");
+    drop((first, second));
+    let mut third = task::spawn(service.ready().await.unwrap().call(Request::new(())));
+    assert_pending!(third.poll());
+    drop(third);
+    assert_eq!((layer.in_use(), layer.waiting()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_plain_request_too_many_is_the_error_of_a_full_limit() {
+    let layer = RequestLimitLayer::new(0).plain();
+    let service = layer.layer(service_fn(async |()| Ok::<_, Infallible>(())));
+    let full = service.oneshot(()).await.unwrap_err();
+    assert_eq!(full.to_string(), "the limit of requests is reached");
+    let boxed = Box::<dyn std::error::Error + Send + Sync>::from(full);
+    assert_eq!(boxed.downcast_ref(), Some(&SpawnError::Full));
+
+    layer.set_limit(1);
+    let fails = service_fn(async |()| Err::<(), _>(std::fmt::Error));
+    let failed = layer.layer(fails).oneshot(()).await.unwrap_err();
+    assert_eq!(failed.to_string(), std::fmt::Error.to_string());
+    let boxed = Box::<dyn std::error::Error + Send + Sync>::from(failed);
+    assert!(boxed.is::<std::fmt::Error>());
+}
+
+#[tokio::test]
+async fn a_closure_that_is_refused_comes_back() {
+    let layer = SpawnLimitLayer::new(SpawnLimit::new(0));
+    let refused = below(&layer, async || spawn_blocking(|| "still whole")).await.unwrap_err();
+    assert_eq!(refused.reason, SpawnError::Full);
+    assert_eq!((refused.future)(), "still whole");
+}
