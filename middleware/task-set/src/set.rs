@@ -9,6 +9,7 @@ use std::{
     pin::pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll, Waker},
+    thread,
     time::Duration,
 };
 
@@ -915,8 +916,19 @@ impl Set {
             return false;
         }
         let mut inner = self.lock();
-        let others =
-            inner.note_timeouts(horizon, |until, slot| runtime.add(until, self, Who::Task(slot)));
+        let mut left = inner.begin_timeouts(horizon);
+        while left > 0 {
+            let note = |until, slot| runtime.add(until, self, Who::Task(slot));
+            left = inner.note_timeouts(left, horizon, note);
+            if left > 0 {
+                // Nobody waits for all of a million: without a pause, who waits for the lock would
+                // be woken too late each time.
+                drop(inner);
+                thread::yield_now();
+                inner = self.lock();
+            }
+        }
+        let others = inner.has_far_timeouts();
         if inner.live == 0 || inner.order.is_some() {
             return others;
         }

@@ -503,26 +503,43 @@ impl Inner {
         before.is_none()
     }
 
-    /// Notes the timeouts that are near by now. Whether there are others.
+    /// How many extras there are to look through for timeouts that are near by now: none, if no
+    /// timeout is.
+    pub(super) fn begin_timeouts(&mut self, horizon: Instant) -> usize {
+        let is_near = self.next_timeout.is_some_and(|next| next <= horizon);
+        if !is_near {
+            return 0;
+        }
+        self.next_timeout = None;
+        self.extras.list.len()
+    }
+
+    /// Looks through some of the extras before `end`, and notes the timeouts that are near. Where to
+    /// go on: between two calls extras may come, last, and the last may take the place of one that
+    /// goes, so from the end on none is missed.
     pub(super) fn note_timeouts(
         &mut self,
+        end: usize,
         horizon: Instant,
         note: impl Fn(Instant, u32) -> Option<Key>,
-    ) -> bool {
-        if self.next_timeout.is_some_and(|next| next <= horizon) {
-            let mut others: Option<Instant> = None;
-            for (slot, extra) in self.extras.iter_mut() {
-                let Some(at) = extra.timeout.filter(|_| extra.timeout_key.is_none()) else {
-                    continue;
-                };
-                if at <= horizon {
-                    extra.timeout_key = note(at, slot);
-                } else {
-                    others = others.into_iter().chain([at]).min();
-                }
+    ) -> usize {
+        /// So many under one lock.
+        const PART: usize = 1024;
+        let end = end.min(self.extras.list.len());
+        let begin = end.saturating_sub(PART);
+        for (slot, extra) in self.extras.iter_mut().skip(begin).take(end - begin) {
+            let Some(at) = extra.timeout.filter(|_| extra.timeout_key.is_none()) else { continue };
+            if at <= horizon {
+                extra.timeout_key = note(at, slot);
+            } else {
+                self.next_timeout = self.next_timeout.into_iter().chain([at]).min();
             }
-            self.next_timeout = others;
         }
+        begin
+    }
+
+    /// Whether there are timeouts that are far away.
+    pub(super) fn has_far_timeouts(&self) -> bool {
         self.next_timeout.is_some()
     }
 

@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{thread, time::Duration};
 
 use tower_request_context::TraceId;
 
@@ -86,6 +86,8 @@ impl Set {
         self.read_part(&inner, 0, &mut tasks);
         drop(inner);
         for begin in (PART..entries).step_by(PART) {
+            // Without a pause, who waits for the lock would be woken too late each time.
+            thread::yield_now();
             self.read_part(&self.lock(), begin, &mut tasks);
         }
         let (age, trace_id) = (self.born.elapsed(), self.trace_id());

@@ -482,6 +482,36 @@ async fn timeouts_near_and_far_come_when_they_should_in_whatever_order_they_are_
 }
 
 #[tokio::test(start_paused = true)]
+async fn each_of_thousands_of_timeouts_comes_while_tasks_come_and_go() {
+    const MANY: u64 = 5_000;
+    let tasks = TaskRegistry::new();
+    let request = serve(&TaskSetLayer::new(&tasks));
+    let start = Instant::now();
+    let spawn = |millis| {
+        let timeout = (start + Duration::from_millis(millis)).duration_since(Instant::now());
+        (millis, request.set.task("task").timeout(timeout).spawn(forever()).unwrap())
+    };
+    let mut live: Vec<_> = (0..MANY).map(|n| spawn(1_500 + n * 7 % MANY)).collect();
+    for round in 0..4 {
+        sleep(Duration::from_millis(300)).await;
+        for at in (round..2_000).step_by(4) {
+            let place = usize::try_from(at).unwrap();
+            let (_, gone) = std::mem::replace(&mut live[place], spawn(3_000 + at));
+            gone.cancel();
+        }
+    }
+    let ends = live.into_iter().map(|(millis, task)| {
+        let end = tokio::spawn(async move { (outcome(task).await, start.elapsed()) });
+        (Duration::from_millis(millis), end)
+    });
+    for (due, end) in ends.collect::<Vec<_>>() {
+        let (found, lived) = end.await.unwrap();
+        assert_eq!(found, Yield::TimedOut);
+        assert!(lived >= due && lived < due + Duration::from_millis(5), "{lived:?}: {due:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn of_a_timeout_and_a_drain_the_earlier_ends_the_task() {
     let tasks = TaskRegistry::new();
     let request = serve(&TaskSetLayer::new(&tasks).at_end(DRAIN));
