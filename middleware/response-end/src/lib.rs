@@ -131,7 +131,8 @@ mod signal;
 mod stop;
 
 use std::{
-    convert, fmt,
+    convert::{self, Infallible},
+    fmt,
     marker::PhantomData,
     mem::{self, ManuallyDrop},
     pin::Pin,
@@ -504,7 +505,9 @@ impl<F, W: Watch> ResponseFuture<F, W, Plain> {
 }
 
 impl<F, W: Watch, P> ResponseFuture<F, W, P> {
-    #[inline]
+    /// Watches what comes of `call` with `request`.
+    // Where it is inlined into what wraps this, the future is copied once more, and that is large.
+    #[inline(never)]
     fn new<R>(watch: W, asked: Asked, request: R, call: impl FnOnce(R) -> F) -> Self {
         let mut watched = Watched { watch, ended: false };
         let inside = Inside::enter(&mut watched);
@@ -704,53 +707,25 @@ impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
     }
 }
 
-impl<B: Body, W: Stop> ResponseBody<B, W> {
-    /// Ends it, if its watch says so, when it has been polled and had a frame or not: in place of
-    /// that.
-    fn poll_stop(self: Pin<&mut Self>, had_frame: bool, cx: &mut Context<'_>) -> Poll<Stopped> {
-        let mut this = self.project();
-        let Some(watched) = this.watched.as_mut().filter(|_| *this.next == Next::Inner) else {
-            return Poll::Pending;
-        };
-        let stopped = ready!(watched.watch.poll_stop(cx));
-        let no_more = || this.inner.as_ref().as_pin_ref().is_none_or(|inner| inner.is_end_stream());
-        // A hint is not all that tells: see R6.
-        let is_last = || *this.left == 0 || no_more();
-        if had_frame && is_last() {
-            return Poll::Pending;
-        }
-        *this.next = Next::Over;
-        watched.drop_inner::<B>(stopped.end(), || this.inner.set(None));
-        *this.watched = None;
-        Poll::Ready(stopped)
-    }
-}
-
 impl<B: Body, W: Watch> ResponseBody<B, W> {
-    /// Whether a poll is to yield `None` without asking the inner body. Then it is over.
-    #[inline]
-    fn finds_end(self: Pin<&mut Self>) -> bool {
-        let next = self.project().next;
-        let is_end = *next != Next::Inner;
-        if is_end {
-            *next = Next::Over;
-        }
-        is_end
-    }
-
-    /// With what `wrap` makes of an error.
+    /// Yields frames, with what `wrap` makes of an error. `poll_stop` may end it: then it yields what
+    /// `stopped` makes of the reason, told whether the client sees trailers. It is asked when the
+    /// inner body has come to an await, and after data unless that was the last.
     // A frame is made in one go, as a response is.
     #[inline]
-    fn poll_wrapped<E>(
-        mut self: Pin<&mut Self>,
+    fn poll_or_stop<E, R>(
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         wrap: impl FnOnce(B::Error) -> E,
+        poll_stop: impl FnOnce(&mut W, &mut Context<'_>) -> Poll<(End, R)>,
+        stopped: impl FnOnce(R, bool) -> Result<Frame<B::Data>, E>,
     ) -> Poll<Option<Result<Frame<B::Data>, E>>> {
-        if self.as_mut().finds_end() {
+        let mut this = self.project();
+        if *this.next != Next::Inner {
+            *this.next = Next::Over;
             return Poll::Ready(None);
         }
-        let this = self.project();
-        let Some(mut inner) = this.inner.as_pin_mut() else { return Poll::Ready(None) };
+        let Some(mut inner) = this.inner.as_mut().as_pin_mut() else { return Poll::Ready(None) };
         let Some(watched) = this.watched else {
             return inner.poll_frame(cx).map_err(wrap);
         };
@@ -762,36 +737,44 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
         let at_end = is_data && inner.is_end_stream();
         inside.leave();
         watched.look_at(this.upload.as_ref(), cx);
-        match frame {
-            Poll::Pending => {
-                *this.next = Next::Inner;
-                Poll::Pending
-            }
+        // Taken out and put in again, for trailers are three times as large.
+        let data = match frame {
+            Poll::Pending => None,
             Poll::Ready(None) => {
                 watched.end(End::Completed);
-                Poll::Ready(None)
+                return Poll::Ready(None);
             }
             Poll::Ready(Some(Err(error))) => {
                 watched.end(End::Failed);
-                Poll::Ready(Some(Err(wrap(error))))
+                return Poll::Ready(Some(Err(wrap(error))));
             }
-            // Taken out and put in again, for trailers are three times as large.
             Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                 Ok(data) => {
-                    *this.next = if at_end { Next::AtEnd } else { Next::Inner };
                     let len = u64::try_from(data.remaining()).unwrap_or(u64::MAX);
                     *this.left = this.left.saturating_sub(len);
                     if at_end {
+                        *this.next = Next::AtEnd;
                         watched.end(End::Completed);
+                        return Poll::Ready(Some(Ok(Frame::data(data))));
                     }
-                    Poll::Ready(Some(Ok(Frame::data(data))))
+                    Some(data)
                 }
                 Err(frame) => {
                     watched.end(End::Completed);
-                    Poll::Ready(Some(Ok(frame)))
+                    return Poll::Ready(Some(Ok(frame)));
                 }
             },
+        };
+        if let Poll::Ready((end, reason)) = poll_stop(&mut watched.watch, cx) {
+            // The last data pass. A hint is not all that tells which are: see R6.
+            if data.is_none() || *this.left > 0 {
+                watched.drop_inner::<B>(end, || this.inner.set(None));
+                *this.watched = None;
+                return Poll::Ready(Some(stopped(reason, *this.in_trailers)));
+            }
         }
+        *this.next = Next::Inner;
+        data.map_or(Poll::Pending, |data| Poll::Ready(Some(Ok(Frame::data(data)))))
     }
 }
 
@@ -803,7 +786,8 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.poll_wrapped(cx, convert::identity)
+        let never = |_: &mut W, _: &mut Context<'_>| Poll::<(_, Infallible)>::Pending;
+        self.poll_or_stop(cx, convert::identity, never, |stopped, _| match stopped {})
     }
 
     fn is_end_stream(&self) -> bool {

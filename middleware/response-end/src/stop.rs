@@ -111,7 +111,8 @@ impl<F, W: Watch> StoppableFuture<F, W, Http> {
         request: R,
         call: impl FnOnce(R) -> F,
     ) -> Self {
-        Self { inner: ResponseFuture::http(watch, Asked { dialect, ..asked }, request, call) }
+        let asked = Asked { dialect, ..asked };
+        Self { inner: ResponseFuture::new(watch, asked, request, call) }
     }
 }
 
@@ -212,32 +213,27 @@ where
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, Self::Error>>> {
-        let mut this = self.project();
-        let (stopped, in_trailers) = match this.state.as_mut().project() {
-            StateProj::Inner { mut body } => {
-                // Here already, where no frame needs a place.
-                if body.as_mut().finds_end() {
-                    return Poll::Ready(None);
-                }
-                let frame = body.as_mut().poll_wrapped(cx, BodyError::Inner);
-                match body.as_mut().poll_stop(frame.is_ready(), cx) {
-                    Poll::Ready(stopped) => (stopped, body.in_trailers),
-                    Poll::Pending => return frame,
-                }
+        let mut state = self.project().state;
+        match state.as_mut().project() {
+            StateProj::Inner { body } => {
+                let poll_stop = |watch: &mut W, cx: &mut Context<'_>| {
+                    watch.poll_stop(cx).map(|stopped| (stopped.end(), stopped))
+                };
+                body.poll_or_stop(cx, BodyError::Inner, poll_stop, |stopped, in_trailers| {
+                    if in_trailers {
+                        Ok(Frame::trailers(stopped.answer().trailers()))
+                    } else {
+                        Err(BodyError::Stopped(stopped))
+                    }
+                })
             }
             StateProj::Answer { bytes } => {
                 let answer = mem::take(bytes);
-                this.state.set(State::Over);
-                return Poll::Ready(Some(Ok(Frame::data(answer.into()))));
+                state.set(State::Over);
+                Poll::Ready(Some(Ok(Frame::data(answer.into()))))
             }
-            StateProj::Over => return Poll::Ready(None),
-        };
-        this.state.set(State::Over);
-        Poll::Ready(Some(if in_trailers {
-            Ok(Frame::trailers(stopped.answer().trailers()))
-        } else {
-            Err(BodyError::Stopped(stopped))
-        }))
+            StateProj::Over => Poll::Ready(None),
+        }
     }
 
     fn is_end_stream(&self) -> bool {
