@@ -17,14 +17,14 @@
 
 #![expect(clippy::print_stderr, reason = "it is a program")]
 
-use std::{env, error::Error, fmt, net::Ipv4Addr, process::ExitCode, time::Duration};
+use std::{env, error::Error, fmt, net::Ipv4Addr, panic, process::ExitCode, time::Duration};
 
 use axum::{Router, http::StatusCode, routing::post};
 use serde_json::{Map, Value};
 use tokio::{net::TcpListener, time::sleep};
 use tower_tasks::{
     AtEnd, CatchUnwindLayer, End, RequestContext, ResponseEndLayer, SpawnError, TaskRegistry,
-    TaskSet, TaskSetLayer, TraceIdLayer,
+    TaskSet, TaskSetLayer, TraceIdLayer, catch_unwind,
     request_context::{RequestId, SpanId, TraceId},
 };
 use tracing::{
@@ -140,6 +140,13 @@ async fn serve() -> Result<(), Box<dyn Error>> {
 #[tokio::main]
 async fn main() -> ExitCode {
     tracing_subscriber::fmt().event_format(JsonLines).init();
+    // A panic that becomes a line of the log, with its place, is not printed besides.
+    let print = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        if !catch_unwind::record(info) {
+            print(info);
+        }
+    }));
     match serve().await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
