@@ -74,7 +74,7 @@ impl AddAssign for Counts {
 /// [`Counts`] hold all the same, and no figure but `live` ever goes down.
 ///
 /// Where a request has had more than 1,024 tasks at once, its counts are a photograph, and the list
-/// of its tasks is read after that in parts, so that no spawn waits for a list of a million: those
+/// of its tasks is read after that in parts, so that no spawn waits for all of a long list: those
 /// that ended or came meanwhile may be in it or not, and none is in it twice. Whether any task lives,
 /// `live` says, and not whether the list is empty.
 #[derive(Clone, Debug, Default)]
