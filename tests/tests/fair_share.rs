@@ -64,5 +64,5 @@ async fn a_greedy_request_with_a_share_leaves_places_to_the_others() {
     let with = waits_beside_a_greedy_request(SpawnLimit::new(8).per_request(4)).await;
     println!("p99 of the wait for a place: {with:?} with a share, {without:?} without one");
     assert!(with < TASK, "{with:?}, and without a share {without:?}");
-    assert!(without > 2 * TASK, "the request was not greedy: {without:?}");
+    assert!(without > TASK, "the request was not greedy: {without:?}");
 }
