@@ -67,7 +67,8 @@ impl TraceId {
         Self::from_bytes(u128::to_be_bytes(parse_hex(digits, 32)?))
     }
 
-    /// The id as a header's value, for a head that is written soon: it shares a buffer with others.
+    /// The id as a header's value, for a head that is written soon: it shares a buffer of 256 bytes
+    /// with others, which is freed when the last of them is dropped.
     pub fn to_header(self) -> HeaderValue {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let mut digits = [0; 32];
@@ -193,7 +194,8 @@ impl RequestId {
         std::str::from_utf8(&self.chars[..self.len.into()]).unwrap_or_default()
     }
 
-    /// The id as a header's value, for a head that is written soon: it shares a buffer with others.
+    /// The id as a header's value, for a head that is written soon: it shares a buffer of 256 bytes
+    /// with others, which is freed when the last of them is dropped.
     pub fn to_header(&self) -> HeaderValue {
         header(&self.chars[..self.len.into()])
     }

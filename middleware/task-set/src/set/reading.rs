@@ -73,8 +73,8 @@ fn live_by_kind(kinds: &[Kind], all: u64) -> Vec<u64> {
 }
 
 impl Set {
-    /// All that is known of it now. The list of many tasks is read in parts, so that nobody waits
-    /// for all of it.
+    /// All that is known of it now. The list of many tasks is read in parts, so that few who want
+    /// the lock meanwhile wait for all of it.
     pub(crate) fn read(&self) -> Reading {
         // Made before the lock is taken; a few may come in between.
         let mut tasks = Vec::with_capacity(self.len());
@@ -86,7 +86,7 @@ impl Set {
         self.read_part(&inner, 0, &mut tasks);
         drop(inner);
         for begin in (PART..entries).step_by(PART) {
-            // Without a pause, who waits for the lock would be woken too late each time.
+            // Without a pause, who waits for the lock is woken too late each time; with one, mostly not.
             thread::yield_now();
             self.read_part(&self.lock(), begin, &mut tasks);
         }
