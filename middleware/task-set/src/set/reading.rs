@@ -86,7 +86,7 @@ impl Set {
         self.read_part(&inner, 0, &mut tasks);
         drop(inner);
         for begin in (PART..entries).step_by(PART) {
-            // Without a pause, who waits for the lock is woken too late each time; with one, mostly not.
+            // Without a pause, who waits for the lock is woken too late each time.
             thread::yield_now();
             self.read_part(&self.lock(), begin, &mut tasks);
         }
