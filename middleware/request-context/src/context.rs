@@ -84,6 +84,7 @@ impl RequestContext {
     }
 
     /// The context of the request that is being served here, or an [empty](Self::is_empty) one.
+    #[inline]
     pub fn current() -> Self {
         Scope::settle();
         HERE.with(|here| {

@@ -80,29 +80,37 @@ impl Here {
 
 /// The set that is current, made now if it is the first time that one is asked for.
 pub(crate) fn current() -> Option<Arc<Set>> {
-    let set_of = |current: &Current| match current {
-        Current::Set(set, _) => Ok(Some(set.clone())),
-        Current::Unasked(_) => Err(()),
-        Current::Nothing => Ok(None),
-    };
     HERE.with(|here| {
-        if let Ok(set) = here.look(|current| set_of(current)) {
-            return set;
-        }
-        // May be the code of others, who may ask for the set too.
-        let context = RequestContext::current();
-        let set = here.look(|current| {
-            *current = match mem::take(current) {
-                Current::Unasked(layer) => Current::Set(Set::new(layer, context), JUST_MADE),
-                made => made,
-            };
-            set_of(current).ok().flatten()
-        })?;
-        if let Some(at) = UNTIL.with(Cell::get) {
-            set.expect_limit(at);
-        }
-        Some(set)
+        let made = here.look(|current| match current {
+            Current::Set(set, _) => Some(Some(set.clone())),
+            Current::Unasked(_) => None,
+            Current::Nothing => Some(None),
+        });
+        made.unwrap_or_else(|| make(here))
     })
+}
+
+/// The set of the request that has not asked for one yet.
+#[inline(never)]
+fn make(here: &Here) -> Option<Arc<Set>> {
+    // May be the code of others, who may ask for the set too.
+    let context = RequestContext::current();
+    let set = here.look(|current| {
+        let set = match mem::take(current) {
+            Current::Unasked(layer) => Set::new(layer, context),
+            Current::Set(set, slot) => {
+                *current = Current::Set(set.clone(), slot);
+                return Some(set);
+            }
+            Current::Nothing => return None,
+        };
+        *current = Current::Set(set.clone(), JUST_MADE);
+        Some(set)
+    })?;
+    if let Some(at) = UNTIL.with(Cell::get) {
+        set.expect_limit(at);
+    }
+    Some(set)
 }
 
 /// Which task of `set` runs here, or that it is not one; `None` if the set is not current.
@@ -234,6 +242,15 @@ impl ResponseScope {
         self.enter();
         let _leave = Leave(self);
         current()
+    }
+}
+
+impl Drop for ResponseScope {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(Current::Set(set, _)) = self.own.take() {
+            set.release();
+        }
     }
 }
 

@@ -472,7 +472,8 @@ impl Sets {
     }
 
     /// Makes a set and takes it in. Tells it whether the registry is closed.
-    #[inline]
+    #[expect(clippy::inline_always, reason = "in one of two places")]
+    #[inline(always)]
     fn insert(&mut self, shard: usize, make: impl FnOnce(Place, bool) -> Arc<Set>) -> Arc<Set> {
         let index = self.free.pop().unwrap_or_else(|| {
             self.listed.push(None);
@@ -509,7 +510,8 @@ impl Owner {
     const SHARDS: usize = if cfg!(loom) { 1 } else { 8 };
 
     /// Makes a set and takes it in.
-    pub(crate) fn add(
+    #[inline]
+    pub(crate) fn list(
         self: &Arc<Self>,
         handle: Option<Handle>,
         make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
@@ -550,7 +552,8 @@ impl Owner {
     }
 
     /// A shard that is about to have a set on this runtime.
-    #[inline]
+    #[expect(clippy::inline_always, reason = "as above")]
+    #[inline(always)]
     fn lock_for(
         self: &Arc<Self>,
         shard: usize,

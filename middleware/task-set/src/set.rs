@@ -4,6 +4,7 @@ mod reading;
 
 use std::{
     any::Any,
+    cell::Cell,
     fmt, mem,
     panic::Location,
     pin::pin,
@@ -29,7 +30,7 @@ use crate::{
     reaper::{Key, Runtime, Who},
     registry::{self, Config, Owner},
     stop::Stop,
-    sync::{AtomicU8, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, lock},
+    sync::{AtomicU8, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, get_mut, lock},
     task::{Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
     task_set::Plan,
 };
@@ -52,12 +53,25 @@ const CARE: u8 = 1 << 3;
 /// The response is to fail. Look under the lock.
 const FAILED: u8 = 1 << 5;
 
+#[cfg(not(loom))]
+thread_local! {
+    /// Memory for the next set that this thread makes: of one that was over, and nobody's.
+    static SPARE: Cell<Option<Arc<Set>>> = const { Cell::new(None) };
+}
+#[cfg(loom)]
+loom::thread_local! {
+    static SPARE: Cell<Option<Arc<Set>>> = Cell::new(None);
+}
+
 /// So many tasks are woken for each lock.
 const WAKERS: usize = 32;
 
 /// One request's tasks: all that is known of them, in one allocation, under one lock.
+///
+/// When nobody has it any more, its memory is [spare](Self::release).
 pub(crate) struct Set {
-    config: Arc<Config>,
+    /// `None` while it is spare.
+    config: Option<Arc<Config>>,
     context: RequestContext,
     born: Instant,
     runtime: Option<Arc<Runtime>>,
@@ -77,11 +91,16 @@ pub(crate) struct Set {
 
 impl Set {
     /// Of a request.
-    pub(crate) fn new(layer: Arc<Config>, context: RequestContext) -> Arc<Self> {
-        let handle = layer.runtime.clone().or_else(|| Handle::try_current().ok());
-        let owner = layer.owner.clone();
-        owner.add(handle, |place, runtime, closed| {
-            Self::make(layer, context, place, runtime, closed, false)
+    // Never inlined, and all of it in one place: it is what a request pays that asks for its set.
+    #[inline(never)]
+    pub(crate) fn new(config: Arc<Config>, context: RequestContext) -> Arc<Self> {
+        let handle = match &config.runtime {
+            Some(runtime) => Some(runtime.clone()),
+            None => Handle::try_current().ok(),
+        };
+        let owner = config.owner.clone();
+        owner.list(handle, |place, runtime, closed| {
+            Self::make(config, context, place, runtime, closed, false)
         })
     }
 
@@ -94,6 +113,8 @@ impl Set {
         Self::make(config, RequestContext::new(), place, runtime, false, true)
     }
 
+    #[expect(clippy::inline_always, reason = "in one of two places, with arguments on the stack")]
+    #[inline(always)]
     fn make(
         config: Arc<Config>,
         context: RequestContext,
@@ -122,27 +143,74 @@ impl Set {
         if is_chosen || !limits.is_empty() || config.observer.is_some() {
             marks |= CARE;
         }
+        let born = Instant::now();
+        let spare = SPARE.try_with(Cell::take).ok().flatten();
+        let mut set = spare.unwrap_or_else(|| Self::blank(place, born));
+        let new = Arc::get_mut(&mut set).expect("a spare one is nobody else's");
+        new.config = Some(config);
+        new.context = context;
+        new.born = born;
+        new.runtime = runtime;
+        new.place = place;
+        new.own = own;
+        new.limits = limits;
+        new.level = level;
+        new.marks.store(marks, Ordering::Relaxed);
+        get_mut(&mut new.inner).begin(closed, own);
+        set
+    }
+
+    #[inline(never)]
+    /// One that is spare.
+    fn blank(place: registry::Place, born: Instant) -> Arc<Self> {
         Arc::new(Self {
-            config,
-            context,
-            born: Instant::now(),
-            runtime,
+            config: None,
+            context: RequestContext::new(),
+            born,
+            runtime: None,
             late_runtime: OnceLock::new(),
             place,
-            own,
-            limits,
-            level,
-            marks: AtomicU8::new(marks),
-            inner: Mutex::new(Inner::new(closed, own)),
+            own: false,
+            limits: Limits::default(),
+            level: Level::Free,
+            marks: AtomicU8::new(0),
+            inner: Mutex::default(),
         })
     }
 
+    /// Lets go of it. If nobody else has it, it is over, and its memory is for the next set that this
+    /// thread makes.
+    #[inline]
+    pub(crate) fn release(self: Arc<Self>) {
+        // Two who let go at once may both see the other: then it is just freed.
+        if Arc::strong_count(&self) == 1 {
+            self.spare();
+        }
+    }
+
+    #[inline(never)]
+    fn spare(mut self: Arc<Self>) {
+        let Some(set) = Arc::get_mut(&mut self) else { return };
+        let config = set.config.take();
+        // Values, wakers and a runtime are the code of others: dropped in the end.
+        let (context, limits) = (mem::take(&mut set.context), mem::take(&mut set.limits));
+        let (runtime, late) = (set.runtime.take(), set.late_runtime.take());
+        let rest = get_mut(&mut set.inner).clear();
+        let _ = SPARE.try_with(|spare| spare.set(Some(self)));
+        drop((config, context, limits, runtime, late, rest));
+    }
+
+    #[inline]
+    fn config(&self) -> &Arc<Config> {
+        self.config.as_ref().expect("it is not spare")
+    }
+
     pub(crate) fn owner(&self) -> &Arc<Owner> {
-        &self.config.owner
+        &self.config().owner
     }
 
     pub(crate) fn is_of(&self, config: &Arc<Config>) -> bool {
-        Arc::ptr_eq(&self.config, config)
+        Arc::ptr_eq(self.config(), config)
     }
 
     /// Whether it is the registry's, for tasks that belong to no request.
@@ -237,7 +305,7 @@ impl Set {
     /// Whether a permit was taken, if there has to be one. If not, there may be one yet.
     #[inline]
     fn has_room(&self, inner: &Inner) -> bool {
-        let Some(limit) = &self.config.limit else { return true };
+        let Some(limit) = &self.config().limit else { return true };
         let has_share = self.own || (inner.live as usize) < limit.limit_per_request();
         // What a request has of its share is counted elsewhere once somebody waits for it.
         has_share && inner.rare.is_none() && limit.try_take()
@@ -298,7 +366,7 @@ impl Set {
             }
         };
         let (slot, generation, kind, full) = inner.take_in(plan, since);
-        let has_home = home.is_some() || self.config.observer.is_some();
+        let has_home = home.is_some() || self.config().observer.is_some();
         if plan.has_choices() || lifetime.is_some() || has_home {
             self.enter_with(inner, plan, runtime, slot, lifetime, home);
         } else {
@@ -332,7 +400,7 @@ impl Set {
         if let (Some((at, _)), Some(runtime)) = (keys.into_iter().flatten().min(), runtime) {
             runtime.wind(at);
         }
-        if let Some(observer) = &self.config.observer {
+        if let Some(observer) = &self.config().observer {
             let event = TaskEvent::Started { name: plan.name, site: plan.site };
             self.call("observer", || observer.observe(&event));
         }
@@ -357,7 +425,7 @@ impl Set {
         if let Some(full) = full {
             return Err(Denial::Full(full));
         }
-        if let Some(limit) = &self.config.limit {
+        if let Some(limit) = &self.config().limit {
             match inner.share() {
                 None if self.own || (inner.live as usize) < limit.limit_per_request() => {}
                 None => return Err(Denial::Share),
@@ -381,7 +449,7 @@ impl Set {
         plan: &Plan<'_>,
         denial: Denial,
     ) -> Refusal {
-        let full = match (denial, &self.config.limit) {
+        let full = match (denial, &self.config().limit) {
             (Denial::Full(full), _) => full,
             (Denial::Share, Some(limit)) if plan.waits() => {
                 let live = inner.live;
@@ -399,7 +467,7 @@ impl Set {
             (Denial::Share, None) => return self.refuse(inner, plan, SpawnError::Full),
             (Denial::Because(reason), _) => return self.refuse(inner, plan, reason),
         };
-        let is_own = self.config.limit.as_ref().is_some_and(|limit| limit.ptr_eq(&full));
+        let is_own = self.config().limit.as_ref().is_some_and(|limit| limit.ptr_eq(&full));
         let taken = inner.share().cloned().filter(|_| is_own);
         let refusal = if plan.waits() {
             // Whoever waits may never come back, and an empty set of the registry's that stays listed
@@ -467,7 +535,7 @@ impl Set {
             grace: plan.grace(self.policy(inner)),
             trace_id: home.as_ref().and_then(|home| home.trace_id),
             home,
-            started: self.config.observer.as_ref().map(|_| Instant::now()),
+            started: self.config().observer.as_ref().map(|_| Instant::now()),
             ..Extra::default()
         }
     }
@@ -508,7 +576,7 @@ impl Set {
             self.owner().refuse_late(self.place, plan.name);
             return None;
         }
-        Some(TaskRegistry::of(self.config.clone()))
+        Some(TaskRegistry::of(self.config().clone()))
     }
 
     /// The runtime, if it still runs tasks.
@@ -518,7 +586,7 @@ impl Set {
             None => self.late_runtime()?,
         };
         // The set's own code runs on a runtime that lives; if it is not another's that was chosen.
-        let is_here = self.config.runtime.is_none() && place::slot_of(self).is_some();
+        let is_here = self.config().runtime.is_none() && place::slot_of(self).is_some();
         (is_here || runtime.is_alive()).then_some(runtime)
     }
 
@@ -620,7 +688,7 @@ impl Set {
         if has_home {
             self.part(slot, outcome);
         }
-        if let Some(limit) = &self.config.limit {
+        if let Some(limit) = &self.config().limit {
             limit.release();
         }
         let mut inner = lock(&self.inner);
@@ -684,7 +752,7 @@ impl Set {
         let (home, started) = (extra.home.take(), extra.started);
         drop(inner);
         // An observer, values and a span: the code of others.
-        if let (Some(observer), Some(started)) = (&self.config.observer, started) {
+        if let (Some(observer), Some(started)) = (&self.config().observer, started) {
             let (name, site) = self.name_and_site(slot);
             let event = TaskEvent::Ended { name, site, outcome, elapsed: started.elapsed() };
             self.call("observer", || observer.observe(&event));
@@ -1177,7 +1245,7 @@ impl Set {
     }
 
     fn policy<'a>(&'a self, inner: &'a Inner) -> &'a Policy {
-        inner.rare.as_ref().and_then(|rare| rare.policy.as_ref()).unwrap_or(&self.config.policy)
+        inner.rare.as_ref().and_then(|rare| rare.policy.as_ref()).unwrap_or(&self.config().policy)
     }
 
     /// Adds what was chosen on the set, or by a layer further inside.
@@ -1186,7 +1254,7 @@ impl Set {
             return;
         }
         let mut inner = self.lock();
-        inner.rare_mut().policy.get_or_insert_with(|| self.config.policy.clone()).add(chosen);
+        inner.rare_mut().policy.get_or_insert_with(|| self.config().policy.clone()).add(chosen);
     }
 
     /// Whether it could still be held.
@@ -1279,7 +1347,7 @@ impl Set {
         let result = catch(f);
         // For the ids: nothing need be current here.
         let tell = |panic| {
-            self.context.clone().sync_scope(|| self.config.log.tell_callback(panic, callback));
+            self.context.clone().sync_scope(|| self.config().log.tell_callback(panic, callback));
         };
         result.map_err(tell).ok()
     }
@@ -1290,7 +1358,7 @@ impl Set {
         panic: Option<&Panic>,
         what: &'static str,
     ) {
-        let Some(suppressed) = self.config.log.admit() else { return };
+        let Some(suppressed) = self.config().log.admit() else { return };
         // The subscriber is the code of others.
         drop(catch(|| {
             let here = RequestContext::current();
@@ -1425,7 +1493,7 @@ impl Ticket {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::{members::Entry, *};
-    use crate::TaskRegistry;
+    use crate::{AtEnd, TaskRegistry};
 
     #[test]
     fn a_waiting_task_costs_its_set_24_bytes() {
@@ -1451,6 +1519,64 @@ mod tests {
             set.let_go();
             assert_eq!((registry.sets_listed(), set.ended()), (0, Some(counts)), "{ends:?}");
         }
+    }
+
+    #[test]
+    fn a_set_in_the_memory_of_another_knows_nothing_of_it() {
+        let first = TaskRegistry::new().limit(SpawnLimit::new(10));
+        let value = Arc::new(());
+        let set = Set::new(first.config().clone(), RequestContext::new().with(value.clone()));
+        let memory = Arc::as_ptr(&set);
+        let mut chosen = Policy::default();
+        chosen.at_end(AtEnd::Keep);
+        set.add_policy(&chosen);
+        set.expect_limit(Instant::now());
+        let members: Vec<_> = (0..20)
+            .map(|_| Plan::new("task", Location::caller()))
+            .filter_map(|plan| Some(set.enter(&plan, None).ok()?.member(&set)))
+            .collect();
+        assert_eq!((members.len(), set.len()), (10, 10));
+        assert!(set.hold());
+        first.close();
+        set.cancel(Cause::Requested);
+        set.end(End::TimedOut);
+        set.let_go();
+        drop(members);
+        set.release();
+        assert_eq!(Arc::strong_count(&value), 1, "it keeps nothing of others");
+        let owner = Arc::downgrade(&first.config().owner);
+        drop(first);
+        assert_eq!(owner.strong_count(), 0, "nor its registry");
+
+        let second = TaskRegistry::new();
+        let set = Set::new(second.config().clone(), RequestContext::new());
+        assert_eq!(Arc::as_ptr(&set), memory);
+        assert_eq!((set.len(), set.ended(), set.deadline()), (0, None, None));
+        assert!(!set.has_orders() && !set.has_failed() && !set.is_gone());
+        let plan = Plan::new("another", Location::caller());
+        let members = [(); 3].map(|()| set.enter(&plan, None).expect("no limit").member(&set));
+        assert_eq!(set.policy(&set.lock()).get(End::Completed), None);
+        let snapshot = second.snapshot();
+        assert_eq!(snapshot.by_name.keys().collect::<Vec<_>>(), [&"another"]);
+        assert_eq!((snapshot.totals.spawned, snapshot.live_tasks.len()), (3, 3));
+        set.end(End::Completed);
+        drop(members);
+        assert_eq!(second.sets_listed(), 0);
+    }
+
+    #[test]
+    fn what_others_still_have_is_never_spare() {
+        let registry = TaskRegistry::new();
+        let make = || Set::new(registry.config().clone(), RequestContext::new());
+        let (set, other) = (make(), make());
+        let kept = set.clone();
+        set.end(End::Completed);
+        set.release();
+        assert_eq!(kept.ended(), Some(End::Completed), "as it was");
+        assert_ne!(Arc::as_ptr(&make()), Arc::as_ptr(&kept));
+        // Not over: the registry has it.
+        other.release();
+        assert_ne!(Arc::as_ptr(&make()), Arc::as_ptr(&kept));
     }
 
     #[test]

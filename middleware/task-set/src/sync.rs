@@ -21,6 +21,11 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// The same where nobody else has it.
+pub(crate) fn get_mut<T>(mutex: &mut Mutex<T>) -> &mut T {
+    mutex.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 /// What tokio's `Notify` does for us, of parts that loom sees into: the real one is opaque to it,
 /// and a model with it finds hangs that are none and misses some that are.
 #[cfg(loom)]

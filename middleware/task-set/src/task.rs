@@ -488,6 +488,7 @@ impl Drop for Member {
         }
         let outcome = self.outcome.unwrap_or(Outcome::Aborted);
         set.leave(self.slot, self.has_home, obeyed, outcome);
+        set.release();
     }
 }
 

@@ -71,10 +71,26 @@ fn of_request<S: Service<Request<()>>>(mut service: S) -> u64 {
     cost.count_total
 }
 
-/// What the layer adds to that, if the handler does this.
+/// What the layer adds to that, if the handler does this. The memory of the set, and of what it knows
+/// of up to some tasks, is that of the request before.
 fn added(layer: &TaskSetLayer, handler: impl Fn() + 'static) -> u64 {
     let bare = of_request(service(Arc::new(|| {})));
     of_request(layer.layer(service(Arc::new(handler)))) - bare
+}
+
+/// The same for a request that finds no memory of another: a set of a layer outside has it.
+fn added_at_first(layer: &TaskSetLayer, handler: impl Fn() + 'static) -> u64 {
+    fn ask() {
+        drop(TaskSet::current().unwrap());
+    }
+    let outside = TaskSetLayer::new(&TaskRegistry::new());
+    let bare = of_request(outside.layer(service(Arc::new(ask))));
+    let mut inner = layer.layer(service(Arc::new(handler)));
+    let asks = service_fn(move |request| {
+        ask();
+        inner.call(request)
+    });
+    of_request(outside.layer(asks)) - bare
 }
 
 fn layers() -> [TaskSetLayer; 3] {
@@ -105,12 +121,12 @@ fn a_request_that_does_not_ask_for_its_set_costs_nothing() {
 fn up_to_four_tasks_at_once_cost_one_allocation_each_and_one_for_all() {
     for layer in layers() {
         for n in 0..=4 {
-            let ready = added(&layer, move || {
+            let ready = added_at_first(&layer, move || {
                 TaskSet::current().unwrap();
                 (0..n).for_each(|_| spawn(async {}));
             });
             assert_eq!(ready, n + 1);
-            let waits = added(&layer, move || {
+            let waits = added_at_first(&layer, move || {
                 TaskSet::current().unwrap();
                 (0..n).for_each(|_| spawn(pending()));
             });
@@ -120,9 +136,42 @@ fn up_to_four_tasks_at_once_cost_one_allocation_each_and_one_for_all() {
 }
 
 #[test]
+fn a_request_after_another_has_its_memory_and_costs_one_allocation_for_each_task() {
+    for layer in layers() {
+        for n in [0, 1, 4, 5, 64, 256] {
+            let ready = added(&layer, move || {
+                TaskSet::current().unwrap();
+                (0..n).for_each(|_| spawn(async {}));
+            });
+            assert_eq!(ready, n);
+            let waits = added(&layer, move || {
+                TaskSet::current().unwrap();
+                (0..n).for_each(|_| spawn(pending()));
+            });
+            assert_eq!(waits, n);
+        }
+        let timeouts = added(&layer, || {
+            let set = TaskSet::current().unwrap();
+            for _ in 0..16 {
+                let task = set.task("task").timeout(Duration::from_secs(60));
+                task.spawn(pending::<()>()).unwrap();
+            }
+        });
+        assert_eq!(timeouts, 16);
+        let graceful = added(&layer, || {
+            let set = TaskSet::current().unwrap();
+            for _ in 0..16 {
+                set.spawn_graceful("task", |stop| async move { stop.is_cancelled() }).unwrap();
+            }
+        });
+        assert_eq!(graceful, 16 + 16);
+    }
+}
+
+#[test]
 fn names_of_their_own_cost_tasks_nothing() {
     let [layer, ..] = layers();
-    let cost = added(&layer, || {
+    let cost = added_at_first(&layer, || {
         let set = TaskSet::current().unwrap();
         set.spawn("first", pending::<()>()).unwrap();
         set.spawn("second", pending::<()>()).unwrap();
@@ -136,9 +185,9 @@ fn names_of_their_own_cost_tasks_nothing() {
 fn more_tasks_at_once_cost_one_allocation_more_for_each_two_doublings() {
     for layer in layers() {
         for (n, more) in [(5, 1), (16, 1), (17, 2), (64, 2), (65, 3), (256, 3), (1_000, 4)] {
-            let ready = added(&layer, move || (0..n).for_each(|_| spawn(async {})));
+            let ready = added_at_first(&layer, move || (0..n).for_each(|_| spawn(async {})));
             assert_eq!(ready, n + 1 + more);
-            let waits = added(&layer, move || (0..n).for_each(|_| spawn(pending())));
+            let waits = added_at_first(&layer, move || (0..n).for_each(|_| spawn(pending())));
             assert_eq!(waits, n + 1 + more);
         }
     }
@@ -168,7 +217,7 @@ fn tasks_one_after_another_cost_one_allocation_each_and_leave_nothing() {
 #[test]
 fn a_handle_costs_nothing() {
     let [layer, ..] = layers();
-    let cost = added(&layer, || {
+    let cost = added_at_first(&layer, || {
         let set = TaskSet::current().unwrap();
         let task: TaskHandle<()> = set.spawn("task", pending()).unwrap();
         let cancel = task.cancel_handle();
@@ -183,7 +232,7 @@ fn a_handle_costs_nothing() {
 #[test]
 fn choices_of_a_tasks_own_cost_one_allocation_for_four() {
     let [layer, ..] = layers();
-    let cost = added(&layer, || {
+    let cost = added_at_first(&layer, || {
         let set = TaskSet::current().unwrap();
         for _ in 0..4 {
             let task = set.task("task").at_end(AtEnd::Cancel);
@@ -198,7 +247,7 @@ fn a_graceful_task_costs_one_allocation_more_and_all_of_them_two_for_each_doubli
     let [layer, ..] = layers();
     // Of the set itself, of what it knows of such tasks, and of where that is.
     for (n, more) in [(1, 1), (4, 1), (8, 1 + 2), (9, 1 + 3 + 1), (1_000, 4 + 9 + 7)] {
-        let cost = added(&layer, move || {
+        let cost = added_at_first(&layer, move || {
             let set = TaskSet::current().unwrap();
             for _ in 0..n {
                 set.spawn_graceful("task", |stop| async move { stop.is_cancelled() }).unwrap();
@@ -212,7 +261,7 @@ fn a_graceful_task_costs_one_allocation_more_and_all_of_them_two_for_each_doubli
 fn a_timeout_costs_two_allocations_for_each_doubling() {
     let [layer, ..] = layers();
     for (n, more) in [(1, 1), (4, 1), (8, 1 + 2), (9, 1 + 3 + 1), (1_000, 4 + 9 + 7)] {
-        let cost = added(&layer, move || {
+        let cost = added_at_first(&layer, move || {
             let set = TaskSet::current().unwrap();
             for _ in 0..n {
                 let task = set.task("task").timeout(Duration::from_secs(60));
@@ -226,7 +275,7 @@ fn a_timeout_costs_two_allocations_for_each_doubling() {
 #[test]
 fn a_group_costs_two_allocations_and_its_tasks_one_for_four() {
     let [layer, ..] = layers();
-    let cost = added(&layer, || {
+    let cost = added_at_first(&layer, || {
         let set = TaskSet::current().unwrap();
         let group = set.group();
         for _ in 0..3 {
@@ -283,7 +332,7 @@ fn a_context_that_its_tasks_do_not_read_costs_nothing() {
         [RequestContext::new().with(7), RequestContext::new().with(7).with_inherited(Own)]
     {
         let cost = context.clone().sync_scope(|| {
-            added(&layer, move || {
+            added_at_first(&layer, move || {
                 // Nor one that is not read in the handler.
                 spawn(async { tokio::task::yield_now().await });
                 spawn(pending());
@@ -298,7 +347,7 @@ fn a_value_of_its_own_that_a_task_reads_is_made_and_kept_once() {
     let [layer, ..] = layers();
     let context = RequestContext::new().with_inherited(Own);
     let cost = context.sync_scope(|| {
-        added(&layer, || {
+        added_at_first(&layer, || {
             spawn(async {
                 assert!(RequestContext::current().get::<Own>().is_some());
                 tokio::task::yield_now().await;

@@ -128,6 +128,8 @@ pub(super) const KINDS_MAX: usize = FREE as usize - 1;
 pub(super) const KINDS_LISTED: usize = 16;
 /// As an index of an entry: none is free.
 pub(super) const NONE: u32 = u32::MAX;
+/// So many are kept for the next set: some 6 kB, as its request may be a long one with few tasks.
+const ENTRIES_KEPT: usize = 256;
 /// What is known of a task beyond its entry.
 #[derive(Default)]
 pub(super) struct Extra {
@@ -247,6 +249,15 @@ impl Extras {
         Some(extra)
     }
 
+    /// Begins anew, when no task has one. What memory is more than a few need is given back.
+    fn renew(&mut self) {
+        const MOST: usize = 2 * Extras::FEW;
+        if self.list.capacity() > MOST || self.places.capacity() > ENTRIES_KEPT {
+            *self = Self::default();
+        }
+        self.places.clear();
+    }
+
     fn note(&mut self, place: usize) {
         let slot = self.list[place].0 as usize;
         if self.places.len() <= slot {
@@ -308,8 +319,8 @@ impl Lifetime {
     }
 }
 
-impl Inner {
-    pub(super) fn new(closed: bool, own: bool) -> Self {
+impl Default for Inner {
+    fn default() -> Self {
         Self {
             kinds: SmallVec::new(),
             tasks: SmallVec::new(),
@@ -320,17 +331,49 @@ impl Inner {
             extras: Extras::default(),
             next_timeout: None,
             end: None,
-            closed,
+            closed: false,
             cancelled: false,
             stage: Stage::Counting,
             order: None,
-            lifetime: own.then(|| Lifetime::begin(AtEnd::Keep)),
+            lifetime: None,
             holds: 0,
             held_end: None,
             watch: Watch::Unneeded,
             response: None,
             rare: None,
         }
+    }
+}
+
+impl Inner {
+    /// Belongs to a new set from now on: nothing was told, and no task has come.
+    pub(super) fn begin(&mut self, closed: bool, own: bool) {
+        self.ticks = 0;
+        self.ticks_used = 0;
+        self.next_timeout = None;
+        self.end = None;
+        self.closed = closed;
+        self.cancelled = false;
+        self.stage = Stage::Counting;
+        self.order = None;
+        self.lifetime = own.then(|| Lifetime::begin(AtEnd::Keep));
+        self.holds = 0;
+        self.held_end = None;
+        self.watch = Watch::Unneeded;
+    }
+
+    /// Lets go of all that is not just memory. No task lives: the entries that it keeps are free.
+    pub(super) fn clear(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
+        self.kinds.clear();
+        if self.kinds.spilled() {
+            self.kinds = SmallVec::new();
+        }
+        if self.tasks.len() > ENTRIES_KEPT {
+            self.tasks = SmallVec::new();
+            self.free = NONE;
+        }
+        self.extras.renew();
+        (self.response.take(), self.rare.take())
     }
 
     /// The response is over, and its tasks have a time that is far away. Whether the reaper is to
