@@ -69,24 +69,26 @@ const WAKERS: usize = 32;
 /// One request's tasks: all that is known of them, in one allocation, under one lock.
 ///
 /// When nobody has it any more, its memory is [spare](Self::release).
+#[repr(C)]
 pub(crate) struct Set {
+    /// First, beside the count of references: what is written again and again.
+    inner: Mutex<Inner>,
+    /// What is to be looked at before a poll or a spawn, if anything is.
+    marks: AtomicU8,
+    /// Of the registry: it belongs to no request, and is over when it is empty.
+    own: bool,
+    /// What its tasks hold, and so may not wait for.
+    level: Level,
     /// `None` while it is spare.
     config: Option<Arc<Config>>,
     context: RequestContext,
-    born: Instant,
     runtime: Option<Arc<Runtime>>,
-    /// That of the first spawn, for a set that was made outside of a runtime.
-    late_runtime: OnceLock<Arc<Runtime>>,
+    born: Instant,
     pub(crate) place: registry::Place,
-    /// Of the registry: it belongs to no request, and is over when it is empty.
-    own: bool,
     /// The limits over the place where it was made.
     limits: Limits,
-    /// What its tasks hold, and so may not wait for.
-    level: Level,
-    /// What is to be looked at before a poll or a spawn, if anything is.
-    marks: AtomicU8,
-    inner: Mutex<Inner>,
+    /// That of the first spawn, for a set that was made outside of a runtime.
+    late_runtime: OnceLock<Arc<Runtime>>,
 }
 
 impl Set {
