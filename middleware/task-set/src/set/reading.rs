@@ -86,8 +86,8 @@ impl Set {
         self.read_part(&inner, 0, &mut tasks);
         drop(inner);
         for begin in (PART..entries).step_by(PART) {
-            // Without a pause, who waits for the lock is woken too late each time.
-            thread::yield_now();
+            // A pause, and not just a yield: who waits for the lock would be woken too late each time.
+            thread::sleep(Duration::from_micros(1));
             self.read_part(&self.lock(), begin, &mut tasks);
         }
         let (age, trace_id) = (self.born.elapsed(), self.trace_id());
