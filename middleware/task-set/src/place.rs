@@ -80,32 +80,32 @@ impl Here {
 
 /// The set that is current, made now if it is the first time that one is asked for.
 pub(crate) fn current() -> Option<Arc<Set>> {
-    HERE.with(|here| {
-        let made = here.look(|current| match current {
+    let made = HERE.with(|here| {
+        here.look(|current| match current {
             Current::Set(set, _) => Some(Some(set.clone())),
             Current::Unasked(_) => None,
             Current::Nothing => Some(None),
-        });
-        made.unwrap_or_else(|| make(here))
-    })
+        })
+    });
+    made.unwrap_or_else(make)
 }
 
 /// The set of the request that has not asked for one yet.
 #[inline(never)]
-fn make(here: &Here) -> Option<Arc<Set>> {
+fn make() -> Option<Arc<Set>> {
     // May be the code of others, who may ask for the set too.
     let context = RequestContext::current();
-    let set = here.look(|current| {
-        let set = match mem::take(current) {
-            Current::Unasked(layer) => Set::new(layer, context),
-            Current::Set(set, slot) => {
-                *current = Current::Set(set.clone(), slot);
-                return Some(set);
+    let set = HERE.with(|here| {
+        here.look(|current| {
+            *current = match mem::take(current) {
+                Current::Unasked(layer) => Current::Set(Set::new(layer, context), JUST_MADE),
+                made => made,
+            };
+            match current {
+                Current::Set(set, _) => Some(set.clone()),
+                Current::Unasked(_) | Current::Nothing => None,
             }
-            Current::Nothing => return None,
-        };
-        *current = Current::Set(set.clone(), JUST_MADE);
-        Some(set)
+        })
     })?;
     if let Some(at) = UNTIL.with(Cell::get) {
         set.expect_limit(at);

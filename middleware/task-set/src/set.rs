@@ -52,6 +52,8 @@ const CARE: u8 = 1 << 3;
 
 /// The response is to fail. Look under the lock.
 const FAILED: u8 = 1 << 5;
+/// The registry has a limit.
+const LIMITED: u8 = 1 << 6;
 
 #[cfg(not(loom))]
 thread_local! {
@@ -144,6 +146,9 @@ impl Set {
         let is_chosen = config.runtime.is_some() || runtime.is_none();
         if is_chosen || !limits.is_empty() || config.observer.is_some() {
             marks |= CARE;
+        }
+        if config.limit.is_some() {
+            marks |= LIMITED;
         }
         let born = Instant::now();
         let spare = SPARE.try_with(Cell::take).ok().flatten();
@@ -285,16 +290,17 @@ impl Set {
     fn admit_plainly(self: &Arc<Self>, plan: &Plan<'_>) -> Option<Ticket> {
         // Its own code runs, so its runtime does.
         let here = place::slot_of(self)?;
-        let is_plain = self.marks() & CARE == 0 && plan.is_plain();
+        let marks = self.marks();
+        let is_plain = marks & CARE == 0 && plan.is_plain();
         if !is_plain || Limits::are_here() || Scope::is_elsewhere(&self.context) {
             return None;
         }
-        if self.marks() & CONTEXT != 0 && self.wants_spans() {
+        if marks & CONTEXT != 0 && self.wants_spans() {
             return None;
         }
         let mut inner = self.lock();
         let mut taken = None;
-        if inner.is_open() && self.has_room(&inner) {
+        if inner.is_open() && (marks & LIMITED == 0 || self.has_room(&inner)) {
             taken = Some(inner.take_in(plan, since(Some(here))));
         }
         // In one place, or this is a call.
@@ -305,7 +311,8 @@ impl Set {
     }
 
     /// Whether a permit was taken, if there has to be one. If not, there may be one yet.
-    #[inline]
+    #[expect(clippy::inline_always, reason = "in the one place, for each spawn")]
+    #[inline(always)]
     fn has_room(&self, inner: &Inner) -> bool {
         let Some(limit) = &self.config().limit else { return true };
         let has_share = self.own || (inner.live as usize) < limit.limit_per_request();
@@ -678,7 +685,7 @@ impl Set {
     /// The task has ended, and its destructors have run. What others wait for is done before it is
     /// counted: who finds no task alive finds the permit free, and the observer told.
     ///
-    /// `obeyed` is the outcome before its destructors have run.
+    /// `obeyed` is the outcome before its destructors have run. Whether no other task lives.
     #[inline]
     pub(crate) fn leave(
         self: &Arc<Self>,
@@ -686,24 +693,33 @@ impl Set {
         has_home: bool,
         obeyed: Option<Outcome>,
         outcome: Outcome,
-    ) {
+    ) -> bool {
         if has_home {
             self.part(slot, outcome);
         }
-        if let Some(limit) = &self.config().limit {
-            limit.release();
+        if self.marks() & LIMITED != 0 {
+            self.give_back();
         }
         let mut inner = lock(&self.inner);
         if inner.is_involved() {
             return self.leave_with_care(inner, slot, obeyed, outcome);
         }
         let waker = inner.count_out(slot, outcome);
-        if inner.live == 0 {
+        let last = inner.live == 0;
+        if last {
             self.leave_last(inner);
         } else {
             drop(inner);
         }
         drop(waker);
+        last
+    }
+
+    #[inline]
+    fn give_back(&self) {
+        if let Some(limit) = &self.config().limit {
+            limit.release();
+        }
     }
 
     #[inline(never)]
@@ -713,7 +729,7 @@ impl Set {
         slot: u32,
         obeyed: Option<Outcome>,
         outcome: Outcome,
-    ) {
+    ) -> bool {
         let is_shutdown = inner.cancelled && inner.closed;
         if is_shutdown && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
             inner.note_forced(slot, self.born, outcome);
@@ -723,7 +739,8 @@ impl Set {
         }
         let waker = inner.count_out(slot, outcome);
         let share = inner.share().cloned();
-        if inner.live == 0 {
+        let last = inner.live == 0;
+        if last {
             self.leave_last(inner);
         } else {
             drop(inner);
@@ -732,6 +749,7 @@ impl Set {
             share.release();
         }
         drop(waker);
+        last
     }
 
     #[inline(never)]

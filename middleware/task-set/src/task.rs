@@ -487,8 +487,9 @@ impl Drop for Member {
             set.leave_drop(self.slot, self.has_home);
         }
         let outcome = self.outcome.unwrap_or(Outcome::Aborted);
-        set.leave(self.slot, self.has_home, obeyed, outcome);
-        set.release();
+        if set.leave(self.slot, self.has_home, obeyed, outcome) {
+            set.release();
+        }
     }
 }
 
