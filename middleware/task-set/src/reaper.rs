@@ -156,11 +156,14 @@ struct Reap {
 impl Reap {
     async fn run(mut self) {
         let mut round = Instant::now() + ROUND;
+        // What was far away when it was asked for need not be so by now.
+        self.look_around(round);
         loop {
             let now = Instant::now();
             if now >= round {
                 round = now + ROUND;
-                if !self.look_around(round) {
+                self.look_around(round);
+                if self.retire() {
                     return;
                 }
             }
@@ -189,24 +192,27 @@ impl Reap {
         }
     }
 
-    /// Takes in the deadlines of sets that come before the next look. Whether there is anything to
-    /// wait for; if not, the reaper is gone.
-    fn look_around(&mut self, horizon: Instant) -> bool {
+    /// Takes in the deadlines of sets that come before the next look.
+    fn look_around(&self, horizon: Instant) {
         self.runtime.lock().far = false;
         let sets = self.runtime.owner.upgrade().map(|owner| owner.sets()).unwrap_or_default();
         let mut found = false;
         for set in sets {
             found |= set.come_near(&self.runtime, horizon);
         }
+        self.runtime.lock().far |= found;
+    }
+
+    /// Whether there is nothing to wait for: then it is gone.
+    fn retire(&mut self) -> bool {
         let mut due = self.runtime.lock();
-        due.far |= found;
         if due.far || !due.deadlines.is_empty() {
-            return true;
+            return false;
         }
         due.reaper = Reaper::Gone;
         due.alarm = None;
         self.retired = true;
-        false
+        true
     }
 
     fn take_due(&self, now: Instant) -> Vec<(Key, (Arc<Set>, Who))> {

@@ -652,6 +652,26 @@ async fn tasks_that_end_without_an_await_start_nothing_that_keeps_their_deadline
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_task_whose_time_was_over_before_it_first_ran_ends_at_its_first_await() {
+    for timeout in [false, true] {
+        let tasks = TaskRegistry::new();
+        let request = serve(&TaskSetLayer::new(&tasks).at_end(AtEnd::Drain(secs(10))));
+        let mut new = request.set.task("task");
+        if timeout {
+            new = new.timeout(secs(10));
+        }
+        let task = new.spawn(forever()).unwrap();
+        request.end(End::Completed);
+        // Nothing has run since, not even what keeps the time.
+        tokio::time::advance(secs(11)).await;
+        settle().await;
+        assert!(task.is_finished());
+        let late = if timeout { Yield::TimedOut } else { Yield::Cancelled(Cause::Completed) };
+        assert_eq!(outcome(task).await, late);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_task_that_first_awaits_after_its_response_has_its_time_from_the_end_on() {
     let tasks = TaskRegistry::new();
     let request = serve(&TaskSetLayer::new(&tasks).at_end(AtEnd::Drain(secs(10))));
