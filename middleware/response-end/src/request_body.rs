@@ -11,6 +11,7 @@ use loom::sync::Mutex;
 
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
+use tower_catch_unwind::catch;
 
 pin_project! {
     /// A request's body that is watched for an error of reading it: see
@@ -77,7 +78,8 @@ impl Upload {
         let waker = state.waker.take();
         drop(state);
         if let Some(waker) = waker {
-            waker.wake();
+            // The code of others: who reads the body has its error all the same.
+            drop(catch(|| waker.wake()));
         }
     }
 

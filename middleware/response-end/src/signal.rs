@@ -18,6 +18,7 @@ use loom::sync::{
     Mutex, MutexGuard,
     atomic::{AtomicBool, Ordering},
 };
+use tower_catch_unwind::catch;
 
 /// An event that all responses of a layer wait for, and that comes once: see
 /// [Ending a response](crate#ending-a-response).
@@ -38,8 +39,8 @@ impl Signal {
         self.0.given.store(true, Ordering::Release);
         for shard in &self.0.shards {
             let wakers = mem::take(&mut shard.lock().wakers);
-            // Not under the lock: wakers are the code of others.
-            wakers.into_iter().flatten().for_each(Waker::wake);
+            // Not under the lock, and each for itself: wakers are the code of others.
+            wakers.into_iter().flatten().for_each(|waker| drop(catch(|| waker.wake())));
         }
     }
 

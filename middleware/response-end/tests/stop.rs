@@ -9,7 +9,8 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     rc::Rc,
-    task::{Context, Poll, Waker},
+    sync::Arc,
+    task::{Context, Poll, Wake, Waker},
 };
 
 use bytes::Bytes;
@@ -301,6 +302,25 @@ fn a_signal_wakes_all_who_wait_and_no_one_who_has_gone() {
     assert_ready!(late.enter(|cx, mut waiter| waiter.poll_given(cx)));
     // Again: nothing happens.
     signal.give();
+}
+
+#[test]
+fn a_waker_that_panics_keeps_no_other_from_being_woken() {
+    struct Panics;
+    impl Wake for Panics {
+        fn wake(self: Arc<Self>) {
+            panic!("the waker panics");
+        }
+    }
+    let signal = Signal::new();
+    let waker = Arc::new(Panics).into();
+    let (mut before, mut bad, mut after) = (spawn(()), signal.waiter(), spawn(()));
+    let mut waiters = [signal.waiter(), signal.waiter()];
+    assert_pending!(before.enter(|cx, _| waiters[0].poll_given(cx)));
+    assert_pending!(bad.poll_given(&mut Context::from_waker(&waker)));
+    assert_pending!(after.enter(|cx, _| waiters[1].poll_given(cx)));
+    signal.give();
+    assert!(before.is_woken() && after.is_woken());
 }
 
 #[test]

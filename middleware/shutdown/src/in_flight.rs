@@ -1,3 +1,5 @@
+use tower_catch_unwind::catch;
+
 use crate::sync::{AtomicU64, Notify, Ordering};
 
 /// The requests in flight, and whether more may come: one word, so that each request is wholly
@@ -58,7 +60,8 @@ impl InFlight {
     }
 
     pub(crate) fn tell(&self) {
-        self.idle.notify_waiters();
+        // Wakers are the code of others.
+        drop(catch(|| self.idle.notify_waiters()));
     }
 
     /// Lets nobody in from now on.

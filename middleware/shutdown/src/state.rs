@@ -272,7 +272,8 @@ impl State {
 
     /// Whoever drives the shutdown looks again.
     pub(crate) fn tell(&self) {
-        self.pulse.notify_waiters();
+        // Wakers are the code of others.
+        drop(catch(|| self.pulse.notify_waiters()));
     }
 
     pub(crate) fn pulse(&self) -> impl Future<Output = ()> {

@@ -16,7 +16,7 @@ use tower_response_end::{End, OnEnd};
 
 use crate::{
     Level, SpawnError,
-    sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock},
+    sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, contain, lock},
 };
 
 /// How many tasks may exist at once.
@@ -504,7 +504,7 @@ impl Count {
         let next = self.let_in(&mut line);
         drop(line);
         if let Some(next) = next {
-            next.wake();
+            contain(|| next.wake());
         }
         true
     }
@@ -527,7 +527,9 @@ impl Count {
         while !self.change(&mut word, |word| word.with_limit_of(Word::new(limit))) {}
         let next: Vec<_> = std::iter::from_fn(|| self.let_in(&mut line)).collect();
         drop(line);
-        next.into_iter().for_each(Waker::wake);
+        for next in next {
+            contain(|| next.wake());
+        }
     }
 
     /// Goes to the end of the line, unless there is room by now.

@@ -10,7 +10,7 @@ use tower_response_end::{End, Watch};
 
 use crate::{
     Permit, SpawnLimit,
-    sync::{AtomicBool, Ordering},
+    sync::{AtomicBool, Ordering, contain},
 };
 
 #[cfg(not(loom))]
@@ -331,7 +331,7 @@ impl Watch for LimitScope {
         // If nobody has asked yet, nobody waits for these.
         if let (None, Some(scope)) = (&self.0.layer, &self.0.limits.0) {
             scope.ended.store(true, Ordering::Release);
-            scope.end.notify_waiters();
+            contain(|| scope.end.notify_waiters());
         }
     }
 }

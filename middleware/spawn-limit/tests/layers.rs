@@ -6,6 +6,8 @@
 use std::{
     convert::Infallible,
     future::{pending, ready},
+    sync::Arc,
+    task::{Context, Wake},
     time::Duration,
 };
 
@@ -69,6 +71,30 @@ async fn a_limit_that_is_raised_lets_in_as_many_as_there_is_room_for() {
     drop(waiting.remove(0));
     drop(assert_ready_ok!(waiting[1].poll()));
     drop(waiting);
+    assert_eq!((limit.in_use(), limit.waiting()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waker_that_panics_keeps_no_other_from_its_permit() {
+    struct Panics;
+    impl Wake for Panics {
+        fn wake(self: Arc<Self>) {
+            panic!("the waker panics");
+        }
+    }
+    let limit = SpawnLimit::new(1);
+    let permit = limit.try_acquire().unwrap();
+    let mut bad = Box::pin(limit.acquire_within(LONG));
+    let waker = Arc::new(Panics).into();
+    assert_pending!(bad.as_mut().poll(&mut Context::from_waker(&waker)));
+    let mut good = task::spawn(limit.acquire_within(LONG));
+    assert_pending!(good.poll());
+    limit.set_limit(2);
+    assert_pending!(good.poll());
+    drop(permit);
+    assert!(good.is_woken());
+    drop(assert_ready_ok!(good.poll()));
+    drop(bad);
     assert_eq!((limit.in_use(), limit.waiting()), (0, 0));
 }
 
@@ -195,7 +221,7 @@ async fn a_request_counts_until_its_body_is_read_or_dropped_or_nobody_holds_it()
         let mut response = Response::new(Full::<Bytes>::default());
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
         let hold = tower_response_end::hold().unwrap();
-        response.extensions_mut().insert(std::sync::Arc::new(hold));
+        response.extensions_mut().insert(Arc::new(hold));
         ready(Ok::<_, Infallible>(response))
     };
     let response = layer.layer(service_fn(upgrade)).oneshot(Request::new(())).await.unwrap();

@@ -16,7 +16,7 @@ use tower_spawn_limit::{Level, Refused, SpawnError, SpawnLimit};
 use crate::{
     Cause, NewTask, StopToken, TaskError, TaskHandle,
     set::{Refusal, Set, Ticket},
-    sync::{Mutex, Notify, OwnedNotified, lock},
+    sync::{Mutex, Notify, OwnedNotified, lock, notify},
     task::{Canceller, Tracked},
     task_set::{Plan, TaskOwner},
     within::Line,
@@ -504,7 +504,7 @@ impl Shared {
         let changed = state.changed.take();
         drop(state);
         if let Some(changed) = changed {
-            changed.notify_waiters();
+            notify(&changed);
         }
         for member in others {
             member.cancel(cause);
@@ -521,7 +521,7 @@ impl Shared {
                     let changed = state.changed.take();
                     drop(state);
                     if let Some(changed) = changed {
-                        changed.notify_waiters();
+                        notify(&changed);
                     }
                     return;
                 }
@@ -599,7 +599,7 @@ impl Drop for Seat {
         drop(state);
         drop(member);
         if let Some(empty) = empty {
-            empty.notify_waiters();
+            notify(&empty);
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     lifetime::Policy,
     reaper::Runtime,
     set::{Refusal, Set, Ticket},
-    sync::{Mutex, MutexGuard, Notify, OwnedNotified, lock},
+    sync::{Mutex, MutexGuard, Notify, OwnedNotified, lock, notify},
     task::Cause,
     task_set::{NewTask, Plan},
 };
@@ -646,7 +646,7 @@ impl Owner {
                 set.close();
             }
         }
-        self.closed.notify_waiters();
+        notify(&self.closed);
         for set in self.sets() {
             set.tell_closed();
         }
@@ -658,7 +658,7 @@ impl Owner {
             sets.draining = true;
             sets.listed.iter().flatten().for_each(|set| set.close_own());
         }
-        self.closed.notify_waiters();
+        notify(&self.closed);
     }
 
     /// Until it is closed, or about to be. Listens from now on.

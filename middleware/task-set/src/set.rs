@@ -30,7 +30,7 @@ use crate::{
     reaper::{Key, Runtime, Who},
     registry::{self, Config, Owner},
     stop::Stop,
-    sync::{AtomicU8, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, get_mut, lock},
+    sync::{self, AtomicU8, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, get_mut, lock},
     task::{Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
     task_set::Plan,
 };
@@ -759,7 +759,7 @@ impl Set {
         let over = inner.is_over(self.own);
         drop(inner);
         if let Some(idle) = idle {
-            idle.notify_waiters();
+            sync::notify(&idle);
         }
         self.settle(over, false);
     }
@@ -982,7 +982,8 @@ impl Set {
                 let waker = inner.response.take();
                 drop(inner);
                 if let Some(waker) = waker {
-                    waker.wake();
+                    // The code of others, and the task is not where it can unwind.
+                    drop(catch(|| waker.wake()));
                 }
             }
             _ => {}
@@ -1444,7 +1445,7 @@ const fn since(here: Option<u32>) -> u32 {
 
 fn notify(notify: Option<Arc<Notify>>) {
     if let Some(notify) = notify {
-        notify.notify_waiters();
+        sync::notify(&notify);
     }
 }
 

@@ -1,10 +1,11 @@
 use std::{fmt, sync::Arc};
 
 use tokio_util::sync::CancellationToken;
+use tower_catch_unwind::catch;
 
 use crate::{
     Cause,
-    sync::{AtomicBool, Mutex, Notify, Ordering, lock},
+    sync::{AtomicBool, Mutex, Notify, Ordering, lock, notify},
 };
 
 /// Says to a graceful task or a blocking closure that it should end, and why.
@@ -93,9 +94,10 @@ impl Stop {
         let token = state.token.take();
         drop(state);
         self.told.store(true, Ordering::Relaxed);
-        self.notify.notify_waiters();
+        notify(&self.notify);
         if let Some(token) = token {
-            token.cancel();
+            // It wakes too.
+            drop(catch(|| token.cancel()));
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The parts that loom replaces in its models.
 
+use tower_catch_unwind::catch;
+
 #[cfg(not(loom))]
 pub(crate) use std::sync::{
     Mutex, MutexGuard,
@@ -24,6 +26,11 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The same where nobody else has it.
 pub(crate) fn get_mut<T>(mutex: &mut Mutex<T>) -> &mut T {
     mutex.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Wakes all who wait. A waker is the code of others: if it panics, who tells them goes on.
+pub(crate) fn notify(notify: &Notify) {
+    drop(catch(|| notify.notify_waiters()));
 }
 
 /// What tokio's `Notify` does for us, of parts that loom sees into: the real one is opaque to it,

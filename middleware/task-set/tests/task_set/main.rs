@@ -26,4 +26,5 @@ mod shield;
 mod shutdown;
 mod stop;
 mod support;
+mod wakers;
 mod within;

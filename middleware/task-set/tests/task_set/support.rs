@@ -91,6 +91,11 @@ impl<B: Body<Data = Data>> Served<B> {
         told.recv().unwrap()
     }
 
+    /// Polls the body, which awaits, with this waker.
+    pub(crate) fn wait(&mut self, waker: &Waker) {
+        assert!(self.body.as_mut().poll_frame(&mut Context::from_waker(waker)).is_pending());
+    }
+
     fn poll(
         &mut self,
         step: impl FnOnce() -> Poll<Option<Result<Frame<Data>, Broken>>> + Send + 'static,
