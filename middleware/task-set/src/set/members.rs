@@ -366,6 +366,7 @@ impl Inner {
 
     /// Lets go of all that is not just memory. No task lives: the entries that it keeps are free.
     pub(super) fn clear(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
+        debug_assert_eq!(self.live, 0, "a task has its set");
         self.kinds.clear();
         if self.kinds.spilled() {
             self.kinds = SmallVec::new();
