@@ -28,7 +28,7 @@ pub enum TaskEvent {
     /// A task was accepted, and is about to be spawned.
     #[non_exhaustive]
     Started {
-        /// The name that it was given.
+        /// The name that it was given; `other`, of more than 65,534 with their places in one request.
         name: &'static str,
         /// Where it was spawned.
         site: &'static Location<'static>,
@@ -36,7 +36,7 @@ pub enum TaskEvent {
     /// A task has ended, and its destructors have run.
     #[non_exhaustive]
     Ended {
-        /// The name that it was given.
+        /// As at its start.
         name: &'static str,
         /// Where it was spawned.
         site: &'static Location<'static>,

@@ -410,7 +410,9 @@ impl Set {
             runtime.wind(at);
         }
         if let Some(observer) = &self.config().observer {
-            let event = TaskEvent::Started { name: plan.name, site: plan.site };
+            // As it is counted, and as it will be told to have ended.
+            let (name, site) = self.name_and_site(slot);
+            let event = TaskEvent::Started { name, site };
             self.call("observer", || observer.observe(&event));
         }
     }

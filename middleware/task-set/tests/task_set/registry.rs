@@ -2,6 +2,7 @@
 //! when it is gone.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc, Barrier, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
@@ -488,6 +489,24 @@ fn an_observer_sees_the_start_and_the_end_of_each_task_once() {
         let of_it: Vec<_> = seen.iter().filter(|(other, _)| *other == name).collect();
         assert_eq!(of_it, [&(name, None), &(name, Some(outcome))]);
     }
+}
+
+#[tokio::test]
+async fn an_observer_hears_the_same_name_at_the_start_and_the_end_however_many_there_are() {
+    // More than a set tells apart, so that the last are one.
+    let names: Vec<&'static str> = (0..65_537).map(|n| leak(n.to_string()).as_str()).collect();
+    let (tasks, seen) = observed();
+    let request = serve(&TaskSetLayer::new(&tasks));
+    for name in names {
+        request.set.spawn(name, async {}).unwrap();
+    }
+    tasks.idle().await;
+    let mut started = HashMap::new();
+    for (name, outcome) in seen.lock().unwrap().iter() {
+        *started.entry(*name).or_insert(0) += if outcome.is_none() { 1 } else { -1 };
+    }
+    started.retain(|_, more| *more != 0);
+    assert_eq!(started, HashMap::new(), "started more often than they have ended");
 }
 
 #[tokio::test(start_paused = true)]
