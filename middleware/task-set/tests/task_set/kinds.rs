@@ -1,8 +1,9 @@
 //! What holds for tasks of each kind, wherever they are spawned.
 
-use std::{future::poll_fn, sync::mpsc, task::Poll, time::Duration};
+use std::{future::poll_fn, pin::pin, sync::mpsc, task::Poll, time::Duration};
 
 use tokio::runtime::Handle;
+use tokio_test::{assert_pending, assert_ready_err, assert_ready_ok};
 use tower_request_context::{Inherit, RequestContext, Task};
 use tower_task_set::{
     AtEnd, Cause, End, Group, SpawnError, SpawnLimit, TaskEvent, TaskHandle, TaskRegistry, TaskSet,
@@ -222,6 +223,38 @@ async fn no_time_is_too_short_or_too_long() {
                 assert_eq!(outcome(task).await, Yield::TimedOut);
             }
         }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_deadline_of_a_response_and_no_wait_is_too_short_or_too_long() {
+    for time in [Duration::ZERO, Duration::from_nanos(1), Duration::MAX] {
+        let tasks = TaskRegistry::new().limit(SpawnLimit::new(1));
+        let layer = TaskSetLayer::new(&tasks).deadline(time).at_end(AtEnd::Drain(time));
+        let request = serve(&layer);
+        let set = &request.set;
+        assert_eq!(set.deadline().is_none(), time == Duration::MAX);
+        let task = set.spawn("task", forever()).unwrap();
+        let mut waits = pin!(set.spawn_within(time, "waits", async {}));
+        if time.is_zero() {
+            assert_eq!(assert_ready_err!(poll_once(waits.as_mut())).reason, SpawnError::Full);
+        } else {
+            assert_pending!(poll_once(waits.as_mut()));
+        }
+        // The clock jumps, by a thousand years.
+        tokio::time::advance(secs(1_000 * 365 * 86_400)).await;
+        settle().await;
+        if time == Duration::MAX {
+            assert_pending!(poll_once(waits.as_mut()));
+            task.cancel();
+            settle().await;
+            let late = assert_ready_ok!(poll_once(waits.as_mut()));
+            assert_eq!(outcome(late).await, COMPLETED);
+        } else {
+            assert_eq!(outcome(task).await, Yield::Cancelled(Cause::TimedOut));
+            settle().await;
+        }
+        assert_eq!(tasks.len(), 0);
     }
 }
 
