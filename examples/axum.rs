@@ -159,7 +159,7 @@ async fn stream_ticks(
     tasks: TaskSet,
     Query(Ticks { n, every_ms }): Query<Ticks>,
 ) -> response::Result<Body> {
-    let n = in_range("n", n.unwrap_or(10), 1..=10_000)?;
+    let n = in_range("n", n.unwrap_or(10), 0..=1_000_000)?;
     let every_ms = in_range("every_ms", every_ms.unwrap_or(200), 0..=60_000)?;
     let (to_client, ticks) = mpsc::channel(1);
     let feeder = tasks.task("feed_stream").at_end(AtEnd::Cancel).spawn(async move {
