@@ -168,7 +168,8 @@ async fn stream_ticks(
                 sleep(Duration::from_millis(every_ms)).await;
             }
             if to_client.send(Ok(format!("tick {tick} of {n}\n"))).await.is_err() {
-                break;
+                // The client has left. To return now would be to have completed.
+                future::pending::<()>().await;
             }
         }
     })?;
