@@ -15,7 +15,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
@@ -360,6 +360,34 @@ async fn it_can_be_begun_and_finished_by_several_at_once_and_from_a_task_of_its_
     }
     // And when all is over.
     assert_eq!(shutdown.finish().await.forced().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waker_that_panics_stops_nothing() {
+    struct Panics;
+    impl Wake for Panics {
+        fn wake(self: Arc<Self>) {
+            panic!("the waker panics");
+        }
+    }
+    let waker = Arc::new(Panics).into();
+    let cx = &mut Context::from_waker(&waker);
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks);
+    let watch = shutdown.watch();
+    let (mut signalled, mut draining) = (pin!(shutdown.signalled()), pin!(watch.draining()));
+    assert!(signalled.as_mut().poll(cx).is_pending());
+    assert!(draining.as_mut().poll(cx).is_pending());
+    let mut stuck = pin!(stuck_request(&shutdown.layer()));
+    assert!(stuck.as_mut().poll(cx).is_pending());
+    let answered = tokio::spawn(stuck_request(&shutdown.layer()));
+    settle().await;
+
+    shutdown.begin();
+    let report = shutdown.finish().await;
+    assert_eq!((report.requests.at_begin, report.requests.ended), (2, 1), "{report}");
+    assert_eq!(answered.await.unwrap().unwrap().status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(poll_once(signalled).is_ready() && poll_once(draining).is_ready());
 }
 
 #[tokio::test(start_paused = true)]
