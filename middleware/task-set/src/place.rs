@@ -204,7 +204,15 @@ pub struct ResponseScope {
 
 impl ResponseScope {
     #[inline]
-    pub(crate) fn new(layer: &Arc<Config>, mut deadline: Option<Box<Deadline>>) -> Self {
+    pub(crate) fn new(layer: &Arc<Config>, deadline: Option<Box<Deadline>>) -> Self {
+        if is_nowhere() {
+            return Self { own: Some(Current::Unasked(layer.clone())), deadline };
+        }
+        Self::new_within(layer, deadline)
+    }
+
+    #[inline(never)]
+    fn new_within(layer: &Arc<Config>, mut deadline: Option<Box<Deadline>>) -> Self {
         let (nested, in_task) = HERE.with(|here| {
             here.look(|current| match current {
                 // The tasks in a set of the registry's own are strangers: a call has no part in it.
@@ -230,6 +238,13 @@ impl ResponseScope {
         Self { own: (!nested).then(|| Current::Unasked(layer.clone())), deadline }
     }
 
+    #[inline(never)]
+    fn release(&mut self) {
+        if let Some(Current::Set(set, _)) = self.own.take() {
+            set.release();
+        }
+    }
+
     /// The set, now.
     pub(crate) fn set(&mut self) -> Option<Arc<Set>> {
         // Values may be the code of others, and panic.
@@ -248,8 +263,8 @@ impl ResponseScope {
 impl Drop for ResponseScope {
     #[inline]
     fn drop(&mut self) {
-        if let Some(Current::Set(set, _)) = self.own.take() {
-            set.release();
+        if let Some(Current::Set(..)) = self.own {
+            self.release();
         }
     }
 }
