@@ -169,7 +169,8 @@ impl Reap {
             }
             let over = self.take_due(now);
             for (key, (set, who)) in over {
-                set.lapse(key, who);
+                // The set may be the last, with values of others that panic in their drop.
+                drop(catch(move || set.lapse(key, who)));
             }
             let Some(alarm) = self.set_alarm(now, round) else {
                 tokio::task::yield_now().await;
@@ -198,7 +199,8 @@ impl Reap {
         let sets = self.runtime.owner.upgrade().map(|owner| owner.sets()).unwrap_or_default();
         let mut found = false;
         for set in sets {
-            found |= set.come_near(&self.runtime, horizon);
+            // As above.
+            found |= catch(move || set.come_near(&self.runtime, horizon)).unwrap_or(true);
         }
         self.runtime.lock().far |= found;
     }

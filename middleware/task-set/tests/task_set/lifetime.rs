@@ -4,9 +4,9 @@
 use std::{
     future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::Pin,
-    sync::Mutex,
-    task::Poll,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, mpsc},
+    task::{Context, Poll, Wake},
     time::Duration,
 };
 
@@ -15,13 +15,14 @@ use http::{Request, Response};
 use http_body_util::Empty;
 use tokio::{
     sync::oneshot,
-    time::{Instant, sleep, timeout},
+    time::{Instant, advance, sleep, timeout},
 };
 use tower::{
     Layer, Service, ServiceExt,
     retry::{Policy, RetryLayer},
     service_fn,
 };
+use tower_request_context::RequestContext;
 use tower_response_end::{RequestBody, ResponseEndLayer};
 use tower_task_set::{
     AtEnd, Cause, End, Hold, NewTask, Plain, SpawnError, TaskHandle, TaskRegistry, TaskSet,
@@ -1155,4 +1156,41 @@ async fn an_error_of_reading_the_request_ends_a_response_that_watches_for_it() {
     assert!(poll_once(response.as_mut()).is_pending());
     let task = task.lock().unwrap().take().unwrap();
     assert_eq!(outcome(task).await, Yield::Cancelled(Cause::Disconnected));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_that_panics_in_its_drop_loses_no_deadline_of_others() {
+    /// Drops a response when it is woken: as another thread may do at that time.
+    struct Drops<T>(Mutex<Option<T>>);
+    impl<T: Send + 'static> Wake for Drops<T> {
+        fn wake(self: Arc<Self>) {
+            drop(self.0.lock().unwrap().take());
+        }
+    }
+    let tasks = TaskRegistry::new();
+    let plain = TaskSetLayer::new(&tasks);
+    let first = serve(&plain);
+    let (tell, told) = mpsc::channel();
+    let graceful =
+        first.set.task("graceful").timeout(secs(1)).spawn_graceful(move |stop| async move {
+            tell.send(stop.clone()).unwrap();
+            stop.cancelled().await;
+        });
+    settle().await;
+    let stop = told.recv().unwrap();
+    // Its deadline is the last that has the set, and so the value.
+    let value = OnDrop::new(|| panic!("the value panics"));
+    let context = RequestContext::new().with(Arc::new(Mutex::new(value)));
+    let response = context.sync_scope(|| serve(&plain.clone().deadline(secs(1))));
+    let waker = Arc::new(Drops(Mutex::new(Some(response)))).into();
+    let mut stopped = pin!(stop.cancelled());
+    assert!(stopped.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    drop(waker);
+    let other = serve(&plain);
+    let task = other.set.task("other").timeout(secs(1)).spawn(forever()).unwrap();
+    settle().await;
+    advance(secs(2)).await;
+    settle().await;
+    assert!(task.is_finished(), "somebody keeps its deadline");
+    assert!(graceful.unwrap().is_finished());
 }
