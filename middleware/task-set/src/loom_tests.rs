@@ -645,3 +645,44 @@ fn of_two_tasks_that_fail_at_once_one_is_the_first_and_the_wait_is_for_both() {
         [(1, [false, false]), (1, [false, true]), (2, [false, false]), (2, [true, false])];
     assert_eq!(seen, expected, "either, and the other has failed too or was told in time");
 }
+
+#[test]
+fn two_who_let_go_of_a_set_at_once_and_make_the_next_have_one_each() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new();
+        let value = Arc::new(());
+        let old = Set::new(registry.config().clone(), RequestContext::new().with(value.clone()));
+        let memory = Arc::as_ptr(&old) as usize;
+        let [one, other] = [enter(&old).unwrap(), enter(&old).unwrap()];
+        let next = {
+            let registry = registry.clone();
+            move || {
+                let set = set(&registry);
+                assert!(!set.has_orders() && set.ended().is_none() && set.len() == 0);
+                let has_its_memory = Arc::as_ptr(&set) as usize == memory;
+                let member = enter(&set).unwrap();
+                set.end(End::Completed);
+                complete(member);
+                set.release();
+                has_its_memory
+            }
+        };
+        let worker = thread::spawn({
+            let next = next.clone();
+            move || {
+                complete(one);
+                next()
+            }
+        });
+        old.end(End::Completed);
+        old.release();
+        complete(other);
+        let here = next();
+        let there = worker.join().unwrap();
+        assert_exact(&registry, 4, 0, 0);
+        assert_eq!(registry.sets_listed(), 0);
+        assert_eq!(Arc::strong_count(&value), 1, "nothing of it is kept");
+        (here, there)
+    });
+    assert!(seen.contains(&(true, false)) && seen.contains(&(false, true)), "{seen:?}");
+}

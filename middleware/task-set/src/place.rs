@@ -240,6 +240,8 @@ impl ResponseScope {
 
     #[inline(never)]
     fn release(&mut self) {
+        // It may have the set too.
+        self.deadline = None;
         if let Some(Current::Set(set, _)) = self.own.take() {
             set.release();
         }

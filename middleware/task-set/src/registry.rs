@@ -324,7 +324,9 @@ impl TaskRegistry {
     /// The ledger, now.
     ///
     /// It takes some time in proportion to the number of requests that have tasks, and of tasks;
-    /// no lock is held for longer than one of them takes.
+    /// no lock is held for longer than one of them takes. Of a request with more than a thousand tasks
+    /// at once it reads a thousand at a time, and then lets the thread sleep for some microseconds,
+    /// so that others have the lock: where there may be very many, call it where it may block.
     pub fn snapshot(&self) -> Snapshot {
         self.owner().snapshot()
     }
@@ -552,7 +554,7 @@ impl Owner {
     }
 
     /// A shard that is about to have a set on this runtime.
-    #[expect(clippy::inline_always, reason = "as above")]
+    #[expect(clippy::inline_always, reason = "in one of two places")]
     #[inline(always)]
     fn lock_for(
         self: &Arc<Self>,

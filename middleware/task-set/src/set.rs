@@ -95,7 +95,7 @@ pub(crate) struct Set {
 
 impl Set {
     /// Of a request.
-    // Never inlined, and all of it in one place: it is what a request pays that asks for its set.
+    // In one place, and never inlined: it is what a request pays that asks for its set.
     #[inline(never)]
     pub(crate) fn new(config: Arc<Config>, context: RequestContext) -> Arc<Self> {
         let handle = match &config.runtime {
@@ -167,8 +167,8 @@ impl Set {
         set
     }
 
-    #[inline(never)]
     /// One that is spare.
+    #[inline(never)]
     fn blank(place: registry::Place, born: Instant) -> Arc<Self> {
         Arc::new(Self {
             config: None,
@@ -198,13 +198,13 @@ impl Set {
     #[inline(never)]
     fn spare(mut self: Arc<Self>) {
         let Some(set) = Arc::get_mut(&mut self) else { return };
-        let config = set.config.take();
+        let Self { inner, config, context, runtime, late_runtime, limits, .. } = set;
         // Values, wakers and a runtime are the code of others: dropped in the end.
-        let (context, limits) = (mem::take(&mut set.context), mem::take(&mut set.limits));
-        let (runtime, late) = (set.runtime.take(), set.late_runtime.take());
-        let rest = get_mut(&mut set.inner).clear();
+        let (config, context, limits) = (config.take(), mem::take(context), mem::take(limits));
+        let (runtime, late_runtime) = (runtime.take(), late_runtime.take());
+        let rest = get_mut(inner).clear();
         let _ = SPARE.try_with(|spare| spare.set(Some(self)));
-        drop((config, context, limits, runtime, late, rest));
+        drop((config, context, limits, runtime, late_runtime, rest));
     }
 
     #[inline]
@@ -300,7 +300,7 @@ impl Set {
         }
         let mut inner = self.lock();
         let mut taken = None;
-        if inner.is_open() && (marks & LIMITED == 0 || self.has_room(&inner)) {
+        if inner.is_open() && self.has_room(&inner, marks) {
             taken = Some(inner.take_in(plan, since(Some(here))));
         }
         // In one place, or this is a call.
@@ -313,11 +313,15 @@ impl Set {
     /// Whether a permit was taken, if there has to be one. If not, there may be one yet.
     #[expect(clippy::inline_always, reason = "in the one place, for each spawn")]
     #[inline(always)]
-    fn has_room(&self, inner: &Inner) -> bool {
-        let Some(limit) = &self.config().limit else { return true };
-        let has_share = self.own || (inner.live as usize) < limit.limit_per_request();
-        // What a request has of its share is counted elsewhere once somebody waits for it.
-        has_share && inner.rare.is_none() && limit.try_take()
+    fn has_room(&self, inner: &Inner, marks: u8) -> bool {
+        if marks & LIMITED == 0 {
+            return true;
+        }
+        self.config().limit.as_ref().is_none_or(|limit| {
+            let has_share = self.own || (inner.live as usize) < limit.limit_per_request();
+            // What a request has of its share is counted elsewhere once somebody waits for it.
+            has_share && inner.rare.is_none() && limit.try_take()
+        })
     }
 
     /// Gives a task that was admitted to the runtime.
@@ -687,7 +691,7 @@ impl Set {
     /// The task has ended, and its destructors have run. What others wait for is done before it is
     /// counted: who finds no task alive finds the permit free, and the observer told.
     ///
-    /// `obeyed` is the outcome before its destructors have run. Whether no other task lives.
+    /// `obeyed` is the outcome before its destructors have run.
     #[inline]
     pub(crate) fn leave(
         self: &Arc<Self>,
@@ -695,7 +699,7 @@ impl Set {
         has_home: bool,
         obeyed: Option<Outcome>,
         outcome: Outcome,
-    ) -> bool {
+    ) {
         if has_home {
             self.part(slot, outcome);
         }
@@ -707,14 +711,12 @@ impl Set {
             return self.leave_with_care(inner, slot, obeyed, outcome);
         }
         let waker = inner.count_out(slot, outcome);
-        let last = inner.live == 0;
-        if last {
+        if inner.live == 0 {
             self.leave_last(inner);
         } else {
             drop(inner);
         }
         drop(waker);
-        last
     }
 
     #[inline]
@@ -731,7 +733,7 @@ impl Set {
         slot: u32,
         obeyed: Option<Outcome>,
         outcome: Outcome,
-    ) -> bool {
+    ) {
         let is_shutdown = inner.cancelled && inner.closed;
         if is_shutdown && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
             inner.note_forced(slot, self.born, outcome);
@@ -741,8 +743,7 @@ impl Set {
         }
         let waker = inner.count_out(slot, outcome);
         let share = inner.share().cloned();
-        let last = inner.live == 0;
-        if last {
+        if inner.live == 0 {
             self.leave_last(inner);
         } else {
             drop(inner);
@@ -751,7 +752,6 @@ impl Set {
             share.release();
         }
         drop(waker);
-        last
     }
 
     #[inline(never)]
@@ -1012,10 +1012,8 @@ impl Set {
             let note = |until, slot| runtime.add(until, self, Who::Task(slot));
             left = inner.note_timeouts(left, horizon, note);
             if left > 0 {
-                // Nobody waits for all of a million: without a pause, who waits for the lock would
-                // be woken too late each time.
                 drop(inner);
-                thread::yield_now();
+                pause();
                 inner = self.lock();
             }
         }
@@ -1445,6 +1443,12 @@ const fn since(here: Option<u32>) -> u32 {
     if matches!(here, Some(place::JUST_MADE)) { 0 } else { NOT_YET }
 }
 
+/// Between parts of what is read under a lock: who waits for that is to have it. After a yield it would
+/// be taken again before they are awake.
+fn pause() {
+    thread::sleep(Duration::from_micros(1));
+}
+
 fn notify(notify: Option<Arc<Notify>>) {
     if let Some(notify) = notify {
         sync::notify(&notify);
@@ -1515,8 +1519,12 @@ impl Ticket {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use std::{collections::BTreeSet, task::Wake};
+
+    use tokio::runtime::Builder;
+
     use super::{members::Entry, *};
-    use crate::{AtEnd, TaskRegistry};
+    use crate::{AtEnd, TaskRegistry, TaskState};
 
     #[test]
     fn a_waiting_task_costs_its_set_24_bytes() {
@@ -1546,45 +1554,98 @@ mod tests {
 
     #[test]
     fn a_set_in_the_memory_of_another_knows_nothing_of_it() {
-        let first = TaskRegistry::new().limit(SpawnLimit::new(10));
+        let woken = Arc::new(Woken);
         let value = Arc::new(());
+        let runtime = Builder::new_current_thread().enable_all().start_paused(true).build();
+        let runtime = runtime.expect("a runtime");
+        let first = TaskRegistry::new().limit(SpawnLimit::new(30)).on_panic(OnPanic::FailResponse);
         let set = Set::new(first.config().clone(), RequestContext::new().with(value.clone()));
         let memory = Arc::as_ptr(&set);
-        let mut chosen = Policy::default();
-        chosen.at_end(AtEnd::Keep);
-        set.add_policy(&chosen);
-        set.expect_limit(Instant::now());
-        let members: Vec<_> = (0..20)
-            .map(|_| Plan::new("task", Location::caller()))
-            .filter_map(|plan| Some(set.enter(&plan, None).ok()?.member(&set)))
-            .collect();
-        assert_eq!((members.len(), set.len()), (10, 10));
-        assert!(set.hold());
-        first.close();
-        set.cancel(Cause::Requested);
-        set.end(End::TimedOut);
-        set.let_go();
-        drop(members);
+        runtime.block_on(async {
+            let mut chosen = Policy::default();
+            chosen.at_end(AtEnd::Keep);
+            set.add_policy(&chosen);
+            set.expect_limit(Instant::now());
+            // The first takes this runtime as the late one.
+            let sites = [0; 20].map(|_| "task").into_iter().chain(["a", "b", "c", "d", "e"]);
+            let members: Vec<_> = sites
+                .map(|name| Plan::new(name, Location::caller()))
+                .map(|plan| set.admit(&plan).expect("there is room").member(&set))
+                .collect();
+            assert_eq!((members.len(), set.len()), (25, 25));
+            tokio::time::advance(Duration::from_secs(60)).await;
+            set.wait(3, &woken.clone().into());
+            let waker = woken.clone().into();
+            assert!(set.poll_failed(&Context::from_waker(&waker)).is_pending());
+            drop(waker);
+            let panic = Panic::new(Box::new("it panics"));
+            set.panicked(0, &panic);
+            assert!(set.poll_failed(&Context::from_waker(Waker::noop())).is_ready());
+            assert!(set.hold());
+            first.close();
+            set.cancel(Cause::Shutdown);
+            set.end(End::TimedOut);
+            set.let_go();
+            drop(members);
+            assert_eq!(first.snapshot().forced_tasks.len(), 25);
+        });
         set.release();
         assert_eq!(Arc::strong_count(&value), 1, "it keeps nothing of others");
+        assert_eq!(Arc::strong_count(&woken), 1);
         let owner = Arc::downgrade(&first.config().owner);
         drop(first);
         assert_eq!(owner.strong_count(), 0, "nor its registry");
+        drop(runtime);
 
         let second = TaskRegistry::new();
         let set = Set::new(second.config().clone(), RequestContext::new());
         assert_eq!(Arc::as_ptr(&set), memory);
         assert_eq!((set.len(), set.ended(), set.deadline()), (0, None, None));
-        assert!(!set.has_orders() && !set.has_failed() && !set.is_gone());
+        assert!(set.context.is_empty() && set.limits.is_empty() && set.runtime().is_none());
+        assert_eq!((set.marks(), set.level(), set.is_own()), (CARE, Level::Free, false));
+        assert!(
+            !set.is_gone() && set.poll_failed(&Context::from_waker(Waker::noop())).is_pending()
+        );
         let plan = Plan::new("another", Location::caller());
         let members = [(); 3].map(|()| set.enter(&plan, None).expect("no limit").member(&set));
         assert_eq!(set.policy(&set.lock()).get(End::Completed), None);
+        assert!(set.wait(members[0].slot, Waker::noop()).is_none());
         let snapshot = second.snapshot();
         assert_eq!(snapshot.by_name.keys().collect::<Vec<_>>(), [&"another"]);
         assert_eq!((snapshot.totals.spawned, snapshot.live_tasks.len()), (3, 3));
+        for task in &snapshot.live_tasks {
+            assert!(task.age < Duration::from_secs(60), "{task}");
+            assert_eq!(task.state, TaskState::Running);
+        }
+        assert!(snapshot.forced_tasks.is_empty());
         set.end(End::Completed);
         drop(members);
+        assert_eq!(second.snapshot().totals.aborted, 3);
         assert_eq!(second.sets_listed(), 0);
+    }
+
+    struct Woken;
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {}
+    }
+
+    #[test]
+    fn each_task_has_its_own_place_whatever_memory_its_set_finds() {
+        let registry = TaskRegistry::new();
+        let plan = Plan::new("task", Location::caller());
+        for tasks in [1, 4, 5, 64, 65, 300, 5, 1_000, 300, 9, 64, 2_000, 16] {
+            let set = Set::new(registry.config().clone(), RequestContext::new());
+            let enter = |_| set.enter(&plan, None).expect("it is open").member(&set);
+            let members: Vec<_> = (0..tasks).map(enter).collect();
+            let slots: BTreeSet<_> = members.iter().map(|member| member.slot).collect();
+            assert_eq!(slots.len(), tasks);
+            assert_eq!(registry.snapshot().live_tasks.len(), tasks);
+            set.end(End::Completed);
+            drop(members);
+            assert_eq!(registry.sets_listed(), 0);
+            set.release();
+        }
     }
 
     #[test]

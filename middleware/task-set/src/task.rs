@@ -487,9 +487,8 @@ impl Drop for Member {
             set.leave_drop(self.slot, self.has_home);
         }
         let outcome = self.outcome.unwrap_or(Outcome::Aborted);
-        if set.leave(self.slot, self.has_home, obeyed, outcome) {
-            set.release();
-        }
+        set.leave(self.slot, self.has_home, obeyed, outcome);
+        set.release();
     }
 }
 

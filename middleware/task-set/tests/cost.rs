@@ -138,33 +138,82 @@ fn up_to_four_tasks_at_once_cost_one_allocation_each_and_one_for_all() {
 #[test]
 fn a_request_after_another_has_its_memory_and_costs_one_allocation_for_each_task() {
     for layer in layers() {
-        for n in [0, 1, 4, 5, 64, 256] {
+        // What more than some tasks need is given back.
+        for (n, more) in [(0, 0), (1, 0), (4, 0), (5, 0), (64, 0), (65, 3), (1_000, 4)] {
             let ready = added(&layer, move || {
                 TaskSet::current().unwrap();
                 (0..n).for_each(|_| spawn(async {}));
             });
-            assert_eq!(ready, n);
+            assert_eq!(ready, n + more);
             let waits = added(&layer, move || {
                 TaskSet::current().unwrap();
                 (0..n).for_each(|_| spawn(pending()));
             });
-            assert_eq!(waits, n);
+            assert_eq!(waits, n + more);
         }
         let timeouts = added(&layer, || {
             let set = TaskSet::current().unwrap();
-            for _ in 0..16 {
+            for _ in 0..8 {
                 let task = set.task("task").timeout(Duration::from_secs(60));
                 task.spawn(pending::<()>()).unwrap();
             }
         });
-        assert_eq!(timeouts, 16);
+        assert_eq!(timeouts, 8);
         let graceful = added(&layer, || {
             let set = TaskSet::current().unwrap();
-            for _ in 0..16 {
+            for _ in 0..8 {
                 set.spawn_graceful("task", |stop| async move { stop.is_cancelled() }).unwrap();
             }
         });
-        assert_eq!(graceful, 16 + 16);
+        assert_eq!(graceful, 8 + 8);
+    }
+}
+
+#[test]
+fn a_request_with_a_deadline_has_the_memory_of_the_one_before_too() {
+    let with = |tasks| {
+        let layer = TaskSetLayer::new(&TaskRegistry::new()).deadline(Duration::from_secs(60));
+        added(&layer, move || {
+            TaskSet::current().unwrap();
+            (0..tasks).for_each(|_| spawn(async {}));
+        })
+    };
+    // The deadline, a place in the reaper's list, and what few sets have.
+    assert_eq!((with(0), with(1), with(64)), (3, 3 + 1, 3 + 64));
+}
+
+#[test]
+fn a_long_request_keeps_little_of_what_one_before_has_needed() {
+    let layer = TaskSetLayer::new(&TaskRegistry::new().at_end(AtEnd::Cancel));
+    let bytes_after = |tasks: usize, graceful: usize| {
+        let mut long = layer.layer(service(Arc::new(|| spawn(pending()))));
+        let mut wide = layer.layer(service(Arc::new(move || {
+            let set = TaskSet::current().unwrap();
+            (0..tasks).for_each(|_| spawn(pending()));
+            for _ in 0..graceful {
+                set.spawn_graceful("task", |stop| async move { stop.is_cancelled() }).unwrap();
+            }
+        })));
+        let runtime = runtime();
+        let mut open = Vec::with_capacity(200);
+        let mut serve = |requests: usize| {
+            runtime.block_on(async {
+                for _ in 0..requests {
+                    let response = wide.call(Request::new(())).await;
+                    settle().await;
+                    drop(response);
+                    settle().await;
+                    open.push(long.call(Request::new(())).await);
+                }
+            });
+        };
+        serve(3);
+        measure(|| serve(100)).bytes_current / 100
+    };
+    let least = bytes_after(1, 0);
+    for (tasks, graceful) in [(4, 0), (64, 0), (65, 0), (1_000, 0), (1, 8), (1, 9), (64, 100)] {
+        let more = bytes_after(tasks, graceful) - least;
+        assert!(more < 4_096, "{more} bytes more after {tasks} and {graceful}");
     }
 }
 

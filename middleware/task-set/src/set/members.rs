@@ -32,6 +32,7 @@ pub(super) struct Inner {
     pub(super) stage: Stage,
     pub(super) end: Option<End>,
     pub(super) watch: Watch,
+    /// How many have used `ticks` since that was read.
     ticks_used: u8,
     pub(super) held_end: Option<End>,
     pub(super) rare: Option<Box<Rare>>,
@@ -39,7 +40,7 @@ pub(super) struct Inner {
     pub(super) tasks: SmallVec<[Entry; 4]>,
     /// What only some tasks have.
     pub(super) extras: Extras,
-    /// What the clock showed when it was last looked at, and how many have used that since.
+    /// What the clock showed when it was last looked at.
     ticks: u32,
     pub(super) holds: u32,
     /// What the tasks without a lifetime of their own were told.
@@ -130,8 +131,8 @@ pub(super) const KINDS_MAX: usize = FREE as usize - 1;
 pub(super) const KINDS_LISTED: usize = 16;
 /// As an index of an entry: none is free.
 pub(super) const NONE: u32 = u32::MAX;
-/// So many are kept for the next set: some 6 kB, as its request may be a long one with few tasks.
-const ENTRIES_KEPT: usize = 256;
+/// So many are kept for the next set, some 1.5 kB: its request may be a long one with few tasks.
+const ENTRIES_KEPT: usize = 64;
 /// What is known of a task beyond its entry.
 #[derive(Default)]
 pub(super) struct Extra {
@@ -251,13 +252,11 @@ impl Extras {
         Some(extra)
     }
 
-    /// Begins anew, when no task has one. What memory is more than a few need is given back.
+    /// Begins anew, when no task has one. It keeps the memory of a few, some 2 kB.
     fn renew(&mut self) {
-        const MOST: usize = 2 * Extras::FEW;
-        if self.list.capacity() > MOST || self.places.capacity() > ENTRIES_KEPT {
+        if self.list.capacity() > Self::FEW || self.places.capacity() > 0 {
             *self = Self::default();
         }
-        self.places.clear();
     }
 
     fn note(&mut self, place: usize) {
@@ -348,35 +347,58 @@ impl Default for Inner {
 }
 
 impl Inner {
-    /// Belongs to a new set from now on: nothing was told, and no task has come.
+    /// Belongs to a set from now on.
     pub(super) fn begin(&mut self, closed: bool, own: bool) {
-        self.ticks = 0;
-        self.ticks_used = 0;
-        self.next_timeout = None;
-        self.end = None;
         self.closed = closed;
-        self.cancelled = false;
-        self.stage = Stage::Counting;
-        self.order = None;
         self.lifetime = own.then(|| Lifetime::begin(AtEnd::Keep));
-        self.holds = 0;
-        self.held_end = None;
-        self.watch = Watch::Unneeded;
     }
 
-    /// Lets go of all that is not just memory. No task lives: the entries that it keeps are free.
+    /// As new, but for some memory, and the entries in that: no task lives, so all are free.
     pub(super) fn clear(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
-        debug_assert_eq!(self.live, 0, "a task has its set");
-        self.kinds.clear();
-        if self.kinds.spilled() {
-            self.kinds = SmallVec::new();
+        // Each by its name, or one could be forgotten.
+        let Self {
+            live,
+            free,
+            closed,
+            cancelled,
+            stage,
+            end,
+            watch,
+            ticks_used,
+            held_end,
+            rare,
+            kinds,
+            tasks,
+            extras,
+            ticks,
+            holds,
+            order,
+            next_timeout,
+            lifetime,
+            response,
+        } = self;
+        debug_assert_eq!((*live, *holds), (0, 0), "who is in it has it");
+        if tasks.len() > ENTRIES_KEPT {
+            *tasks = SmallVec::new();
+            *free = NONE;
         }
-        if self.tasks.len() > ENTRIES_KEPT {
-            self.tasks = SmallVec::new();
-            self.free = NONE;
+        kinds.clear();
+        if kinds.spilled() {
+            *kinds = SmallVec::new();
         }
-        self.extras.renew();
-        (self.response.take(), self.rare.take())
+        extras.renew();
+        *closed = false;
+        *cancelled = false;
+        *stage = Stage::Counting;
+        *end = None;
+        *watch = Watch::Unneeded;
+        *ticks_used = 0;
+        *held_end = None;
+        *ticks = 0;
+        *order = None;
+        *next_timeout = None;
+        *lifetime = None;
+        (response.take(), rare.take())
     }
 
     /// The response is over, and its tasks have a time that is far away. Whether the reaper is to

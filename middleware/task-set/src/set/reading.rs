@@ -1,10 +1,11 @@
-use std::{thread, time::Duration};
+use std::time::Duration;
 
 use tower_request_context::TraceId;
 
 use super::{
     Set,
     members::{FREE, Inner, Lifetime, NONE, in_ticks},
+    pause,
 };
 use crate::{
     AtEnd, LiveTask, Snapshot, TaskState,
@@ -86,8 +87,7 @@ impl Set {
         self.read_part(&inner, 0, &mut tasks);
         drop(inner);
         for begin in (PART..entries).step_by(PART) {
-            // A pause, and not just a yield: who waits for the lock would be woken too late each time.
-            thread::sleep(Duration::from_micros(1));
+            pause();
             self.read_part(&self.lock(), begin, &mut tasks);
         }
         let (age, trace_id) = (self.born.elapsed(), self.trace_id());

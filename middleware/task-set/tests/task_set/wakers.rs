@@ -1,4 +1,5 @@
-//! Wakers are the code of others. One that panics hurts nobody but who gave it.
+//! Wakers are the code of others. One that panics hurts nobody but who gave it, and who waits for the
+//! same beside it: of those the runtime's lists of waiters wake no more.
 
 use std::{
     pin::{Pin, pin},
