@@ -218,6 +218,39 @@ fn a_long_request_keeps_little_of_what_one_before_has_needed() {
 }
 
 #[test]
+fn of_a_request_with_very_many_tasks_little_memory_is_kept_for_the_next() {
+    const TASKS: usize = 10_000;
+    let names: Vec<&'static str> =
+        (0..TASKS).map(|n| &*Box::leak(n.to_string().into_boxed_str())).collect();
+    // With a registry of its own: that keeps the names.
+    let serve = |what: &'static str, names: &[&'static str]| {
+        let layer = TaskSetLayer::new(&TaskRegistry::new().at_end(AtEnd::Cancel));
+        let names = names.to_vec();
+        let mut service = layer.layer(service(Arc::new(move || {
+            let set = TaskSet::current().unwrap();
+            for name in &names {
+                let mut task = set.task(if what == "names" { name } else { "task" });
+                if what == "choices" {
+                    task = task.timeout(Duration::from_secs(60));
+                }
+                task.spawn(pending::<()>()).unwrap();
+            }
+        })));
+        runtime().block_on(async {
+            let response = service.call(Request::new(())).await;
+            settle().await;
+            drop(response);
+        });
+    };
+    for what in ["tasks", "names", "choices"] {
+        serve(what, &names[..1]);
+        let cost = measure(|| serve(what, &names));
+        assert!(cost.bytes_total > 100 * TASKS as u64);
+        assert!(cost.bytes_current < 16 << 10, "{what}: {} bytes", cost.bytes_current);
+    }
+}
+
+#[test]
 fn names_of_their_own_cost_tasks_nothing() {
     let [layer, ..] = layers();
     let cost = added_at_first(&layer, || {
