@@ -31,22 +31,23 @@ impl Limit {
     }
 
     /// The deadline of a response to a request that has just come.
-    pub(crate) fn deadline(&self) -> Option<Box<Deadline>> {
+    pub(crate) fn deadline(&self) -> Option<Deadline> {
         self.within(None)
     }
 
     /// The same, if the client speaks gRPC and may have said how long it will wait.
-    pub(crate) fn of<B>(&self, request: &Request<B>, dialect: Dialect) -> Option<Box<Deadline>> {
+    #[inline(never)]
+    pub(crate) fn of<B>(&self, request: &Request<B>, dialect: Dialect) -> Option<Deadline> {
         let client = dialect.is_grpc().then(|| request.headers().get("grpc-timeout")).flatten();
         self.within(client.and_then(|value| parse(value.as_bytes())))
     }
 
-    fn within(&self, client: Option<Duration>) -> Option<Box<Deadline>> {
+    fn within(&self, client: Option<Duration>) -> Option<Deadline> {
         let time = client.map_or(self.time, |client| client.min(self.time));
         // What is too long to count is for ever.
         let at = Instant::now().checked_add(time)?;
         let timeless = self.timeless.clone();
-        Some(Box::new(Deadline { at, around: None, told: None, timer: Timer::Unset, timeless }))
+        Some(Deadline { at, around: None, told: None, timer: Timer::Unset, timeless })
     }
 }
 
@@ -95,8 +96,8 @@ impl Deadline {
 
     /// The response is over, and the set is that of one around it: what counts for that is what
     /// counted before.
-    pub(crate) fn end(self, end: End) {
-        match self.told {
+    pub(crate) fn end(&self, end: End) {
+        match &self.told {
             Some(set) if end == End::TimedOut => set.end(end),
             Some(set) => set.lift_limit(self.at),
             None => {}

@@ -356,8 +356,11 @@ pub struct WithTaskSet<S, P = Http> {
 
 impl<S, P> WithTaskSet<S, P> {
     fn scope<B>(&self, request: &mut Request<B>, dialect: Dialect) -> ResponseScope {
-        let deadline = self.layer.deadline.as_ref().and_then(|limit| limit.of(request, dialect));
-        let mut scope = ResponseScope::new(&self.layer.config, deadline);
+        let config = &self.layer.config;
+        let mut scope = match &self.layer.deadline {
+            None => ResponseScope::new(config),
+            Some(limit) => ResponseScope::until(config, limit.of(request, dialect)),
+        };
         // What is in the type map must not fall behind: the extractor looks there first.
         if self.layer.in_extensions || request.extensions().get::<TaskSet>().is_some() {
             if let Some(set) = scope.set() {
@@ -431,8 +434,11 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        let deadline = self.layer.deadline.as_ref().and_then(Limit::deadline);
-        let scope = ResponseScope::new(&self.layer.config, deadline);
+        let config = &self.layer.config;
+        let scope = match &self.layer.deadline {
+            None => ResponseScope::new(config),
+            Some(limit) => ResponseScope::until(config, limit.deadline()),
+        };
         ResponseFuture::<_, Plain>::plain(scope, request, |request| self.inner.call(request))
     }
 }

@@ -195,24 +195,42 @@ impl InTask {
 
 /// The life of one response, as [`Watch`]ed by the task-set layer.
 #[derive(Debug)]
-pub struct ResponseScope {
-    /// `None` if a layer of the same registry is outside: the set is its.
-    own: Option<Current>,
-    // Boxed, for most have none, and all are moved about.
-    deadline: Option<Box<Deadline>>,
+pub struct ResponseScope(Response);
+
+/// Two words and one distinction, for it is moved about and looked at often: what one has to be
+/// asked about a deadline, the most need not be, for they have none.
+#[derive(Debug)]
+enum Response {
+    /// The set is its own, and there is no deadline.
+    Own(Own),
+    /// There is a deadline. `None`: there is not, but a layer of the same registry is outside, and
+    /// the set is its.
+    Other(Option<Box<Timed>>),
 }
+
+#[derive(Debug)]
+struct Timed {
+    /// Dropped first, for it may have the set too.
+    deadline: Deadline,
+    /// `None`: nested.
+    own: Option<Own>,
+}
+
+/// A response's own set, or what to make it with.
+#[derive(Debug)]
+struct Own(Current);
 
 impl ResponseScope {
     #[inline]
-    pub(crate) fn new(layer: &Arc<Config>, deadline: Option<Box<Deadline>>) -> Self {
+    pub(crate) fn new(layer: &Arc<Config>) -> Self {
         if is_nowhere() {
-            return Self { own: Some(Current::Unasked(layer.clone())), deadline };
+            return Self(Response::Own(Own(Current::Unasked(layer.clone()))));
         }
-        Self::new_within(layer, deadline)
+        Self::new_within(layer)
     }
 
     #[inline(never)]
-    fn new_within(layer: &Arc<Config>, mut deadline: Option<Box<Deadline>>) -> Self {
+    fn new_within(layer: &Arc<Config>) -> Self {
         let (nested, in_task) = HERE.with(|here| {
             here.look(|current| match current {
                 // The tasks in a set of the registry's own are strangers: a call has no part in it.
@@ -232,19 +250,25 @@ impl ResponseScope {
                 set.add_policy(&layer.layer);
             }
         }
-        if let Some(deadline) = deadline.as_mut().filter(|_| nested) {
-            deadline.tell(made);
+        if nested {
+            Self(Response::Other(None))
+        } else {
+            Self(Response::Own(Own(Current::Unasked(layer.clone()))))
         }
-        Self { own: (!nested).then(|| Current::Unasked(layer.clone())), deadline }
     }
 
     #[inline(never)]
-    fn release(&mut self) {
-        // It may have the set too.
-        self.deadline = None;
-        if let Some(Current::Set(set, _)) = self.own.take() {
-            set.release();
-        }
+    pub(crate) fn until(layer: &Arc<Config>, deadline: Option<Deadline>) -> Self {
+        let scope = Self::new(layer);
+        let Some(mut deadline) = deadline else { return scope };
+        let own = match scope.0 {
+            Response::Own(own) => Some(own),
+            Response::Other(_) => {
+                deadline.tell(made);
+                None
+            }
+        };
+        Self(Response::Other(Some(Box::new(Timed { deadline, own }))))
     }
 
     /// The set, now.
@@ -259,15 +283,6 @@ impl ResponseScope {
         self.enter();
         let _leave = Leave(self);
         current()
-    }
-}
-
-impl Drop for ResponseScope {
-    #[inline]
-    fn drop(&mut self) {
-        if let Some(Current::Set(..)) = self.own {
-            self.release();
-        }
     }
 }
 
@@ -292,26 +307,19 @@ fn made() -> Option<Arc<Set>> {
 impl Watch for ResponseScope {
     #[inline]
     fn enter(&mut self) {
-        if let Some(own) = &mut self.own {
-            // In a task that is not the one it was made in, perhaps.
-            Scope::settle();
-            HERE.with(|here| here.swap(own));
-        }
-        if let Some(deadline) = &mut self.deadline {
-            UNTIL.with(|until| until.set(Some(deadline.enter(until.get()))));
+        match &mut self.0 {
+            Response::Own(own) => own.enter(),
+            Response::Other(None) => {}
+            Response::Other(Some(timed)) => timed.enter(),
         }
     }
 
     #[inline]
     fn leave(&mut self) {
-        if let Some(deadline) = &mut self.deadline {
-            UNTIL.with(|until| until.set(deadline.leave()));
-            deadline.tell(made);
-        }
-        let Some(own) = &mut self.own else { return };
-        HERE.with(|here| here.swap(own));
-        if let Current::Set(_, slot @ JUST_MADE) = own {
-            *slot = NO_SLOT;
+        match &mut self.0 {
+            Response::Own(own) => own.leave(),
+            Response::Other(None) => {}
+            Response::Other(Some(timed)) => timed.leave(),
         }
     }
 
@@ -324,17 +332,16 @@ impl Watch for ResponseScope {
 
     #[inline]
     fn end(&mut self, end: End) {
-        match &mut self.own {
-            Some(Current::Set(set, slot)) => {
-                *slot = OVER;
-                set.end(end);
-            }
-            // From now on no set can be made any more.
-            Some(own) => *own = Current::Nothing,
-            // The set is that of a layer outside, whose response this is too, or a part of.
-            None => {
-                if let Some(deadline) = self.deadline.take() {
-                    deadline.end(end);
+        match &mut self.0 {
+            Response::Own(own) => own.end(end),
+            Response::Other(None) => {}
+            Response::Other(Some(timed)) => {
+                if let Some(own) = &mut timed.own {
+                    own.end(end);
+                } else {
+                    // The set is that of a layer outside, whose response this is too, or a part of.
+                    timed.deadline.end(end);
+                    self.0 = Response::Other(None);
                 }
             }
         }
@@ -344,16 +351,91 @@ impl Watch for ResponseScope {
 impl Stop for ResponseScope {
     #[inline]
     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped> {
-        if let Some(deadline) = &mut self.deadline {
-            if deadline.poll(cx).is_ready() {
-                return Poll::Ready(Stopped::TimedOut);
-            }
+        match &mut self.0 {
+            Response::Own(own) => own.poll_stop(cx),
+            Response::Other(None) => Poll::Pending,
+            Response::Other(Some(timed)) => timed.poll_stop(cx),
         }
-        match &self.own {
-            Some(Current::Set(set, slot)) if *slot != OVER || set.has_failed() => {
+    }
+}
+
+impl Timed {
+    #[inline(never)]
+    fn enter(&mut self) {
+        if let Some(own) = &mut self.own {
+            own.enter();
+        }
+        UNTIL.with(|until| until.set(Some(self.deadline.enter(until.get()))));
+    }
+
+    #[inline(never)]
+    fn leave(&mut self) {
+        UNTIL.with(|until| until.set(self.deadline.leave()));
+        self.deadline.tell(made);
+        if let Some(own) = &mut self.own {
+            own.leave();
+        }
+    }
+
+    #[inline(never)]
+    fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped> {
+        if self.deadline.poll(cx).is_ready() {
+            return Poll::Ready(Stopped::TimedOut);
+        }
+        self.own.as_ref().map_or(Poll::Pending, |own| own.poll_stop(cx))
+    }
+}
+
+impl Own {
+    #[inline(never)]
+    fn release(&mut self) {
+        if let Current::Set(set, _) = mem::take(&mut self.0) {
+            set.release();
+        }
+    }
+
+    #[inline]
+    fn enter(&mut self) {
+        // In a task that is not the one it was made in, perhaps.
+        Scope::settle();
+        HERE.with(|here| here.swap(&mut self.0));
+    }
+
+    #[inline]
+    fn leave(&mut self) {
+        HERE.with(|here| here.swap(&mut self.0));
+        if let Current::Set(_, slot @ JUST_MADE) = &mut self.0 {
+            *slot = NO_SLOT;
+        }
+    }
+
+    #[inline]
+    fn end(&mut self, end: End) {
+        if let Current::Set(set, slot) = &mut self.0 {
+            *slot = OVER;
+            set.end(end);
+        } else {
+            // From now on no set can be made any more.
+            self.0 = Current::Nothing;
+        }
+    }
+
+    #[inline]
+    fn poll_stop(&self, cx: &mut Context<'_>) -> Poll<Stopped> {
+        match &self.0 {
+            Current::Set(set, slot) if *slot != OVER || set.has_failed() => {
                 set.poll_failed(cx).map(Stopped::Panicked)
             }
             _ => Poll::Pending,
+        }
+    }
+}
+
+impl Drop for Own {
+    #[inline]
+    fn drop(&mut self) {
+        if let Current::Set(..) = self.0 {
+            self.release();
         }
     }
 }
