@@ -374,26 +374,41 @@ impl Asked {
         let upload = asked.upload.insert(Upload::default());
         (request.map(|body| RequestBody::new(body, upload.clone())), asked)
     }
-
-    /// R1. See RFC 9110, section 6.4.1.
-    #[inline]
-    fn has_no_body(&self, status: StatusCode) -> bool {
-        status.is_informational()
-            || status == StatusCode::NO_CONTENT
-            || status == StatusCode::NOT_MODIFIED
-            || self.kind == Kind::Head
-            || (self.kind == Kind::Connect && status.is_success())
-    }
 }
 
-/// A [`Watch`], and whether it has had its end.
+/// A [`Watch`], and what is known of the response that it watches.
+///
+/// All of it in one, for it is moved from the future to the body.
 #[derive(Debug)]
 struct Watched<W: Watch> {
     watch: W,
+    upload: Option<Upload>,
+    // How many bytes of the body are to come.
+    left: u64,
+    kind: Kind,
+    dialect: Dialect,
+    // Whether the client of a `StoppableBody` sees trailers.
+    in_trailers: bool,
+    next: Next,
     ended: bool,
 }
 
 impl<W: Watch> Watched<W> {
+    fn new(watch: W, asked: Asked) -> Self {
+        let Asked { kind, dialect, upload } = asked;
+        Self {
+            watch,
+            upload,
+            left: ENDLESS,
+            kind,
+            dialect,
+            in_trailers: false,
+            next: Next::Inner,
+            ended: false,
+        }
+    }
+
+    #[inline]
     fn end(&mut self, end: End) {
         if !mem::replace(&mut self.ended, true) {
             self.watch.end(end);
@@ -401,6 +416,7 @@ impl<W: Watch> Watched<W> {
     }
 
     /// Drops what is watched: its end, unless it has had that.
+    #[inline]
     fn drop_inner<T>(&mut self, end: End, drop_inner: impl FnOnce()) {
         if !self.ended {
             self.watch.before_drop(end);
@@ -414,16 +430,26 @@ impl<W: Watch> Watched<W> {
         self.end(end);
     }
 
+    /// R1. See RFC 9110, section 6.4.1.
     #[inline]
-    fn look_at(&mut self, upload: Option<&Upload>, cx: &Context<'_>) {
-        if let Some(upload) = upload {
-            self.look_at_upload(upload, cx);
+    fn has_no_body(&self, status: StatusCode) -> bool {
+        status.is_informational()
+            || status == StatusCode::NO_CONTENT
+            || status == StatusCode::NOT_MODIFIED
+            || self.kind == Kind::Head
+            || (self.kind == Kind::Connect && status.is_success())
+    }
+
+    #[inline]
+    fn look_at_upload(&mut self, cx: &Context<'_>) {
+        if self.upload.is_some() {
+            self.look_at_its_upload(cx);
         }
     }
 
     #[inline(never)]
-    fn look_at_upload(&mut self, upload: &Upload, cx: &Context<'_>) {
-        if !self.ended && upload.poll_failed(cx) {
+    fn look_at_its_upload(&mut self, cx: &Context<'_>) {
+        if !self.ended && self.upload.as_ref().is_some_and(|upload| upload.poll_failed(cx)) {
             self.end(End::Disconnected);
         }
     }
@@ -470,7 +496,6 @@ pin_project! {
         inner: Option<F>,
         // `None` once it is ready.
         watched: Option<Watched<W>>,
-        asked: Asked,
         protocol: PhantomData<fn() -> P>,
     }
 
@@ -509,28 +534,25 @@ impl<F, W: Watch, P> ResponseFuture<F, W, P> {
     // Where it is inlined into what wraps this, the future is copied once more, and that is large.
     #[inline(never)]
     fn new<R>(watch: W, asked: Asked, request: R, call: impl FnOnce(R) -> F) -> Self {
-        let mut watched = Watched { watch, ended: false };
+        let mut watched = Watched::new(watch, asked);
         let inside = Inside::enter(&mut watched);
         let inner = call(request);
         inside.leave();
-        Self { inner: Some(inner), watched: Some(watched), asked, protocol: PhantomData }
+        Self { inner: Some(inner), watched: Some(watched), protocol: PhantomData }
     }
 
-    const fn dialect(&self) -> Dialect {
-        self.asked.dialect
-    }
-
-    /// Ends it, if its watch says so: then it is not polled again.
-    fn poll_stop(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Stopped>
+    /// Ends it, if its watch says so: then it is not polled again. With the dialect to say so in.
+    fn poll_stop(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<(Stopped, Dialect)>
     where
         W: Stop,
     {
         let mut this = self.project();
         let Some(watched) = this.watched else { return Poll::Pending };
         let stopped = ready!(watched.watch.poll_stop(cx));
+        let dialect = watched.dialect;
         watched.drop_inner::<F>(stopped.end(), || this.inner.set(None));
         *this.watched = None;
-        Poll::Ready(stopped)
+        Poll::Ready((stopped, dialect))
     }
 }
 
@@ -554,45 +576,37 @@ where
         let inside = Inside::enter(watched);
         let output = this.inner.as_mut().as_pin_mut().map_or(Poll::Pending, |inner| inner.poll(cx));
         // The body's own code, so in here.
-        let (mut over, mut exact) = (false, None);
+        let (mut over, mut left) = (false, ENDLESS);
         if let Poll::Ready(output) = &output {
             this.inner.set(None);
             if let Ok(response) = output {
                 over = response.body().is_end_stream();
-                exact = response.body().size_hint().exact();
+                left = response.body().size_hint().exact().unwrap_or(ENDLESS);
             }
         }
         inside.leave();
-        watched.look_at(this.asked.upload.as_ref(), cx);
-        let (mut left, mut in_trailers) = (None, false);
-        match &output {
+        watched.look_at_upload(cx);
+        let end = match &output {
             Poll::Pending => return pending(self, cx),
-            Poll::Ready(Err(_)) => {
-                watched.end(End::Failed);
-                *this.watched = None;
-            }
+            Poll::Ready(Err(_)) => Some(End::Failed),
             Poll::Ready(Ok(response)) => {
+                watched.in_trailers = watched.dialect.ends_in_trailers(response);
                 if response.extensions().get::<Panic>().is_some() {
-                    watched.end(End::Panicked);
-                } else if over || this.asked.has_no_body(response.status()) {
-                    watched.end(End::Completed);
+                    Some(End::Panicked)
+                } else if over || watched.has_no_body(response.status()) {
+                    Some(End::Completed)
                 } else {
-                    left = exact.or_else(|| content_length(response));
+                    watched.left = if left == ENDLESS { content_length(response) } else { left };
+                    None
                 }
-                in_trailers = this.asked.dialect.ends_in_trailers(response);
             }
+        };
+        if let Some(end) = end {
+            watched.end(end);
         }
+        let watched = this.watched.take();
         output.map_ok(|response| {
-            response.map(|body| {
-                wrap(ResponseBody {
-                    inner: Some(body),
-                    watched: this.watched.take(),
-                    upload: this.asked.upload.take(),
-                    left: left.unwrap_or(ENDLESS),
-                    next: Next::Inner,
-                    in_trailers,
-                })
-            })
+            response.map(|body| wrap(ResponseBody { inner: Some(body), watched }))
         })
     }
 }
@@ -640,10 +654,12 @@ const ENDLESS: u64 = u64::MAX;
 /// After the hint: hyper wants the two to be equal, and over HTTP/1 it goes by the hint if they are
 /// not.
 #[inline(never)]
-fn content_length<B>(response: &Response<B>) -> Option<u64> {
-    let value = response.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?;
+fn content_length<B>(response: &Response<B>) -> u64 {
+    let value = response.headers().get(header::CONTENT_LENGTH);
+    let digits = value.and_then(|value| value.to_str().ok());
     // `parse` would take a sign.
-    value.bytes().all(|byte| byte.is_ascii_digit()).then(|| value.parse().ok())?
+    let digits = digits.filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+    digits.and_then(|digits| digits.parse().ok()).unwrap_or(ENDLESS)
 }
 
 pin_project! {
@@ -658,12 +674,6 @@ pin_project! {
         inner: Option<B>,
         // `None` for a default body alone.
         watched: Option<Watched<W>>,
-        upload: Option<Upload>,
-        // How many bytes are to come.
-        left: u64,
-        next: Next,
-        // Whether the client of a `StoppableBody` sees trailers.
-        in_trailers: bool,
     }
 
     impl<B, W> PinnedDrop for ResponseBody<B, W>
@@ -675,7 +685,7 @@ pin_project! {
             if let Some(watched) = this.watched {
                 // R6 classifies a drop and never ends early: HTTP/2 polls on for trailers after
                 // the last byte.
-                let end = if *this.left == 0 { End::Completed } else { End::Disconnected };
+                let end = if watched.left == 0 { End::Completed } else { End::Disconnected };
                 watched.drop_inner::<B>(end, || this.inner.set(None));
             }
         }
@@ -696,14 +706,7 @@ enum Next {
 /// An empty body that nobody watches.
 impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
     fn default() -> Self {
-        Self {
-            inner: Some(B::default()),
-            watched: None,
-            upload: None,
-            left: ENDLESS,
-            next: Next::Inner,
-            in_trailers: false,
-        }
+        Self { inner: Some(B::default()), watched: None }
     }
 }
 
@@ -721,22 +724,20 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
         stopped: impl FnOnce(R, bool) -> Result<Frame<B::Data>, E>,
     ) -> Poll<Option<Result<Frame<B::Data>, E>>> {
         let mut this = self.project();
-        if *this.next != Next::Inner {
-            *this.next = Next::Over;
-            return Poll::Ready(None);
-        }
         let Some(mut inner) = this.inner.as_mut().as_pin_mut() else { return Poll::Ready(None) };
         let Some(watched) = this.watched else {
             return inner.poll_frame(cx).map_err(wrap);
         };
-        // Stays so if the inner body panics.
-        *this.next = Next::Over;
+        // `Over` stays so if the inner body panics.
+        if mem::replace(&mut watched.next, Next::Over) != Next::Inner {
+            return Poll::Ready(None);
+        }
         let inside = Inside::enter(watched);
         let frame = inner.as_mut().poll_frame(cx);
         let is_data = matches!(&frame, Poll::Ready(Some(Ok(frame))) if frame.is_data());
         let at_end = is_data && inner.is_end_stream();
         inside.leave();
-        watched.look_at(this.upload.as_ref(), cx);
+        watched.look_at_upload(cx);
         // Taken out and put in again, for trailers are three times as large.
         let data = match frame {
             Poll::Pending => None,
@@ -751,9 +752,9 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
             Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                 Ok(data) => {
                     let len = u64::try_from(data.remaining()).unwrap_or(u64::MAX);
-                    *this.left = this.left.saturating_sub(len);
+                    watched.left = watched.left.saturating_sub(len);
                     if at_end {
-                        *this.next = Next::AtEnd;
+                        watched.next = Next::AtEnd;
                         watched.end(End::Completed);
                         return Poll::Ready(Some(Ok(Frame::data(data))));
                     }
@@ -767,13 +768,14 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
         };
         if let Poll::Ready((end, reason)) = poll_stop(&mut watched.watch, cx) {
             // The last data pass. A hint is not all that tells which are: see R6.
-            if data.is_none() || *this.left > 0 {
+            if data.is_none() || watched.left > 0 {
+                let in_trailers = watched.in_trailers;
                 watched.drop_inner::<B>(end, || this.inner.set(None));
                 *this.watched = None;
-                return Poll::Ready(Some(stopped(reason, *this.in_trailers)));
+                return Poll::Ready(Some(stopped(reason, in_trailers)));
             }
         }
-        *this.next = Next::Inner;
+        watched.next = Next::Inner;
         data.map_or(Poll::Pending, |data| Poll::Ready(Some(Ok(Frame::data(data)))))
     }
 }
@@ -791,12 +793,14 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.next == Next::Over || self.inner.as_ref().is_none_or(Body::is_end_stream)
+        let over = self.watched.as_ref().is_some_and(|watched| watched.next != Next::Inner);
+        over || self.inner.as_ref().is_none_or(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
+        let over = self.watched.as_ref().is_some_and(|watched| watched.next == Next::Over);
         match &self.inner {
-            Some(inner) if self.next != Next::Over => inner.size_hint(),
+            Some(inner) if !over => inner.size_hint(),
             _ => SizeHint::with_exact(0),
         }
     }

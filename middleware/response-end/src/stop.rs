@@ -133,9 +133,9 @@ where
     type Output = Result<Response<StoppableBody<B, W>>, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.project().inner.poll_or(cx, StoppableBody::of, |mut inner, cx| {
-            let stopped = ready!(inner.as_mut().poll_stop(cx));
-            let response = stopped.response(inner.dialect());
+        self.project().inner.poll_or(cx, StoppableBody::of, |inner, cx| {
+            let (stopped, dialect) = ready!(inner.poll_stop(cx));
+            let response = stopped.response(dialect);
             Poll::Ready(Ok(response.map(StoppableBody::answer)))
         })
     }
@@ -153,7 +153,7 @@ where
         if let Poll::Ready(output) = inner.as_mut().poll(cx) {
             return Poll::Ready(output.map_err(CallError::Inner));
         }
-        inner.poll_stop(cx).map(|stopped| Err(CallError::Stopped(stopped)))
+        inner.poll_stop(cx).map(|(stopped, _)| Err(CallError::Stopped(stopped)))
     }
 }
 
@@ -178,8 +178,8 @@ pin_project! {
         W: Watch,
     {
         Inner { #[pin] body: ResponseBody<B, W> },
+        // Until it has been yielded: then it is empty.
         Answer { bytes: Bytes },
-        Over,
     }
 }
 
@@ -188,8 +188,8 @@ impl<B, W: Watch> StoppableBody<B, W> {
         Self { state: State::Inner { body } }
     }
 
-    fn answer(bytes: Bytes) -> Self {
-        Self { state: if bytes.is_empty() { State::Over } else { State::Answer { bytes } } }
+    const fn answer(bytes: Bytes) -> Self {
+        Self { state: State::Answer { bytes } }
     }
 }
 
@@ -213,8 +213,7 @@ where
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, Self::Error>>> {
-        let mut state = self.project().state;
-        match state.as_mut().project() {
+        match self.project().state.project() {
             StateProj::Inner { body } => {
                 let poll_stop = |watch: &mut W, cx: &mut Context<'_>| {
                     watch.poll_stop(cx).map(|stopped| (stopped.end(), stopped))
@@ -229,18 +228,15 @@ where
             }
             StateProj::Answer { bytes } => {
                 let answer = mem::take(bytes);
-                state.set(State::Over);
-                Poll::Ready(Some(Ok(Frame::data(answer.into()))))
+                Poll::Ready((!answer.is_empty()).then(|| Ok(Frame::data(answer.into()))))
             }
-            StateProj::Over => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match &self.state {
             State::Inner { body } => body.is_end_stream(),
-            State::Answer { .. } => false,
-            State::Over => true,
+            State::Answer { bytes } => bytes.is_empty(),
         }
     }
 
@@ -250,7 +246,6 @@ where
             State::Answer { bytes } => {
                 SizeHint::with_exact(u64::try_from(bytes.len()).unwrap_or(u64::MAX))
             }
-            State::Over => SizeHint::with_exact(0),
         }
     }
 }
