@@ -205,6 +205,36 @@ async fn who_waits_is_closed_out_when_its_request_ends() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_has_waited_holds_the_permit_that_has_come() {
+    let limit = SpawnLimit::new(1);
+    let layer = SpawnLimitLayer::new(limit.clone());
+    let permit = limit.try_acquire().unwrap();
+    let spawns = below(&layer, async || spawn_within(LONG, pending::<()>()).await.unwrap());
+    let mut waits = task::spawn(Box::pin(spawns));
+    assert_pending!(waits.poll());
+    drop(permit);
+    assert!(waits.is_woken());
+    let task = assert_ready!(waits.poll());
+    assert_eq!(limit.in_use(), 1);
+    assert!(limit.try_acquire().is_err());
+    task.abort();
+    task.await.unwrap_err();
+    assert_eq!(limit.in_use(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_all_who_wait_have_given_up_a_permit_that_comes_back_is_for_anybody() {
+    let limit = SpawnLimit::new(1);
+    let permit = limit.try_acquire().unwrap();
+    let mut waits = task::spawn(limit.acquire_within(LONG));
+    assert_pending!(waits.poll());
+    drop(waits);
+    drop(permit);
+    drop(limit.try_acquire().unwrap());
+    assert_eq!((limit.in_use(), limit.waiting()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_request_counts_until_its_body_is_read_or_dropped_or_nobody_holds_it() {
     let layer = RequestLimitLayer::new(1);
     let mut service = layer.layer(service_fn(hello));

@@ -199,6 +199,23 @@ async fn who_waits_and_is_dropped_leaves_the_line() {
     assert_ledger(&tasks, "");
 }
 
+#[tokio::test]
+async fn what_a_task_with_a_permit_asks_for_waits_nowhere_else_either() {
+    let tasks = leak(TaskRegistry::new().limit(SpawnLimit::new(1)));
+    let (tell, told) = mpsc::channel();
+    let parent = tasks.spawn("parent", async move {
+        tell.send(Box::pin(tasks.spawn_within(secs(9), "child", async {}))).unwrap();
+        forever().await;
+    });
+    settle().await;
+    // It would wait for its parent, which may wait for it.
+    let child = told.recv().unwrap();
+    assert_eq!(now(child).unwrap_err().reason, SpawnError::Full);
+    parent.unwrap().cancel();
+    settle().await;
+    assert_ledger(tasks, "refused 1, cancelled 1");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_task_with_a_permit_never_waits_for_one() {
     let limit = SpawnLimit::new(1);

@@ -530,6 +530,23 @@ async fn a_handle_of_a_task_that_is_over_does_not_cancel_the_next_in_its_place()
 }
 
 #[tokio::test]
+async fn nor_does_it_when_as_many_have_been_there_as_can_be_told_apart() {
+    let tasks = TaskRegistry::new();
+    let request = serve(&TaskSetLayer::new(&tasks));
+    let first = request.set.spawn("first", async {}).unwrap();
+    let cancel = first.cancel_handle();
+    first.await.unwrap();
+    for _ in 1..=u16::MAX {
+        request.set.spawn("next", async {}).unwrap().await.unwrap();
+    }
+    let last = request.set.spawn("last", forever()).unwrap();
+    settle().await;
+    cancel.cancel();
+    settle().await;
+    assert!(!last.is_finished());
+}
+
+#[tokio::test]
 async fn cancelling_a_task_that_is_over_does_not_undo_its_result() {
     let tasks = TaskRegistry::new();
     let request = serve(&TaskSetLayer::new(&tasks));

@@ -442,6 +442,22 @@ fn without_a_time_driver_the_grace_lasts_until_all_are_aborted() {
 }
 
 #[test]
+fn without_a_time_driver_no_grace_is_none_all_the_same() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        let tasks = TaskRegistry::new().grace(Duration::ZERO);
+        // By the first deadline it is known that there is no time.
+        tasks.task("timeless").timeout(secs(1)).spawn(forever()).unwrap();
+        let task = tasks.spawn_graceful("worker", |_| forever()).unwrap();
+        settle().await;
+        task.cancel();
+        settle().await;
+        assert!(task.is_finished());
+        assert_eq!(outcome(task).await, Yield::Aborted(Cause::Requested));
+    });
+}
+
+#[test]
 fn a_graceful_task_is_aborted_with_its_runtime() {
     let runtime = current_thread();
     let tasks = TaskRegistry::new();
