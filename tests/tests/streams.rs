@@ -2,18 +2,13 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    convert::Infallible,
-    future::pending,
-    io,
-    pin::Pin,
-    task::{Context, Poll},
-};
+use std::{convert::Infallible, future::pending, io, iter};
 
 use bytes::Bytes;
+use futures_util::{StreamExt, stream};
 use http::{HeaderMap, Request, Response, Version, header};
 use http_body::{Body, Frame};
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Incoming;
 use tower::{Service, ServiceBuilder, service_fn};
 use tower_tasks::{
@@ -70,39 +65,18 @@ impl Site {
     }
 }
 
-/// Frames of one byte, each after some that are empty.
-struct Drizzle {
-    frames: usize,
-    empty: usize,
-    empty_left: usize,
-    /// After the frames.
-    trailers: bool,
-}
-
 /// A debug build takes its time for each frame.
 const FRAMES: usize = if cfg!(debug_assertions) { 100_000 } else { 1_000_000 };
 
-impl Body for Drizzle {
-    type Data = Bytes;
-    type Error = io::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        let frame = if self.frames > 0 && self.empty_left > 0 {
-            self.empty_left -= 1;
-            Some(Frame::data(Bytes::new()))
-        } else if self.frames > 0 {
-            (self.frames, self.empty_left) = (self.frames - 1, self.empty);
-            Some(Frame::data(Bytes::from_static(b"d")))
-        } else if std::mem::take(&mut self.trailers) {
-            Some(Frame::trailers(HeaderMap::new()))
-        } else {
-            None
-        };
-        Poll::Ready(frame.map(Ok))
-    }
+/// Frames of one byte, the first after three that are empty, each other after so many.
+fn drizzle(empty: usize, trailers: bool) -> impl Body<Data = Bytes, Error = io::Error> {
+    let drops = (0..FRAMES).flat_map(move |n| {
+        let empty = if n == 0 { 3 } else { empty };
+        iter::repeat_n("", empty).chain(["d"])
+    });
+    let frames = drops.map(|drop| Frame::data(Bytes::from_static(drop.as_bytes())));
+    let trailers = trailers.then(|| Frame::trailers(HeaderMap::new()));
+    StreamBody::new(stream::iter(frames.chain(trailers).map(Ok)))
 }
 
 #[tokio::test]
@@ -111,8 +85,7 @@ async fn a_million_frames_of_a_byte_or_none_complete_by_their_end_their_trailers
         let handler = service_fn(move |request: Request<Incoming>| async move {
             // A client of HTTP/2 takes no more than a few that are empty.
             let empty = usize::from(request.version() < Version::HTTP_2);
-            let body = Drizzle { frames: FRAMES, empty, empty_left: 3, trailers };
-            let mut response = Response::new(body);
+            let mut response = Response::new(drizzle(empty, trailers));
             if announced {
                 response.headers_mut().insert(header::CONTENT_LENGTH, FRAMES.into());
             }
@@ -151,21 +124,6 @@ async fn a_million_frames_of_a_byte_or_none_complete_by_their_end_their_trailers
     }
 }
 
-/// A body whose first frame is its last for ever.
-struct Stays(Option<&'static str>);
-
-impl Body for Stays {
-    type Data = Bytes;
-    type Error = io::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        self.0.take().map_or(Poll::Pending, |data| Poll::Ready(Some(Ok(Frame::data(data.into())))))
-    }
-}
-
 #[tokio::test]
 async fn when_a_connection_is_lost_the_tasks_of_all_its_streams_end() {
     const STREAMS: usize = 50;
@@ -174,7 +132,8 @@ async fn when_a_connection_is_lost_the_tasks_of_all_its_streams_end() {
         if request.uri().path() == "/waits" {
             pending::<()>().await;
         }
-        Ok(Response::new(Stays(Some("foo"))))
+        let first = Ok(Frame::data(Bytes::from_static(b"foo")));
+        Ok(Response::new(StreamBody::new(stream::iter([first]).chain(stream::pending()))))
     });
     let mut site = Site::new(http2(), handler).await;
     let mut client = site.server.h2().await;
