@@ -45,6 +45,16 @@ enum Current {
     Set(Arc<Set>, u32),
 }
 
+impl Current {
+    /// The set, if it has been made.
+    fn set(&self) -> Option<Arc<Set>> {
+        match self {
+            Self::Set(set, _) => Some(set.clone()),
+            Self::Unasked(_) | Self::Nothing => None,
+        }
+    }
+}
+
 /// No task: the response's own code.
 const NO_SLOT: u32 = u32::MAX;
 /// The same, and the response is over: what makes it fail from now on comes too late.
@@ -101,10 +111,7 @@ fn make() -> Option<Arc<Set>> {
                 Current::Unasked(layer) => Current::Set(Set::new(layer, context), JUST_MADE),
                 made => made,
             };
-            match current {
-                Current::Set(set, _) => Some(set.clone()),
-                Current::Unasked(_) | Current::Nothing => None,
-            }
+            current.set()
         })
     })?;
     if let Some(at) = UNTIL.with(Cell::get) {
@@ -296,12 +303,7 @@ fn settle() {
 /// The set that is current, if it has been made.
 #[cold]
 fn made() -> Option<Arc<Set>> {
-    HERE.with(|here| {
-        here.look(|current| match current {
-            Current::Set(set, _) => Some(set.clone()),
-            Current::Unasked(_) | Current::Nothing => None,
-        })
-    })
+    HERE.with(|here| here.look(|current| current.set()))
 }
 
 impl Watch for ResponseScope {

@@ -325,8 +325,9 @@ impl TaskRegistry {
     ///
     /// It takes some time in proportion to the number of requests that have tasks, and of tasks;
     /// no lock is held for longer than one of them takes. Of a request with more than a thousand tasks
-    /// at once it reads a thousand at a time, and then lets the thread sleep for some microseconds,
-    /// so that others have the lock: where there may be very many, call it where it may block.
+    /// at once it reads a thousand at a time, and between them lets the thread sleep for as short as
+    /// the system can, so that others have the lock: where there may be very many, call it where it
+    /// may block.
     pub fn snapshot(&self) -> Snapshot {
         self.owner().snapshot()
     }

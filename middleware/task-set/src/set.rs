@@ -760,9 +760,7 @@ impl Set {
         self.forget(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
         let over = inner.is_over(self.own);
         drop(inner);
-        if let Some(idle) = idle {
-            sync::notify(&idle);
-        }
+        notify(idle);
         self.settle(over, false);
     }
 
