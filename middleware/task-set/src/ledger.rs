@@ -194,7 +194,6 @@ pub(crate) struct Kind {
     pub(crate) site: &'static Location<'static>,
     pub(crate) attempted: u32,
     pub(crate) refused: u32,
-    pub(crate) spawned: u32,
     ended: [u32; Outcome::COUNT],
 }
 
@@ -203,7 +202,7 @@ impl Kind {
     const FULL: u32 = 1 << 31;
 
     pub(crate) const fn new(name: &'static str, site: &'static Location<'static>) -> Self {
-        Self { name, site, attempted: 0, refused: 0, spawned: 0, ended: [0; Outcome::COUNT] }
+        Self { name, site, attempted: 0, refused: 0, ended: [0; Outcome::COUNT] }
     }
 
     /// Names and sites by their address: a comparison of texts costs more than a slot, and here
@@ -216,7 +215,6 @@ impl Kind {
     #[inline]
     pub(crate) fn begin(&mut self) -> bool {
         self.attempted += 1;
-        self.spawned += 1;
         self.is_full()
     }
 
@@ -228,18 +226,26 @@ impl Kind {
         self.attempted >= Self::FULL
     }
 
+    /// Whether there is nothing to count.
+    pub(crate) const fn is_unused(&self) -> bool {
+        self.attempted == 0
+    }
+
+    const fn spawned(&self) -> u32 {
+        self.attempted - self.refused
+    }
+
     /// Takes out all that is over, and leaves what lives.
     pub(crate) fn take(&mut self) -> Counts {
         let counts = self.counts(0);
-        let left = Self { spawned: self.live(), ..Self::new(self.name, self.site) };
-        *self = Self { attempted: left.spawned, ..left };
-        let left = u64::from(self.spawned);
+        *self = Self { attempted: self.live(), ..Self::new(self.name, self.site) };
+        let left = u64::from(self.attempted);
         Counts { attempted: counts.attempted - left, spawned: counts.spawned - left, ..counts }
     }
 
     /// How many live, by the other counts.
     pub(crate) fn live(&self) -> u32 {
-        self.spawned.saturating_sub(self.ended.iter().sum())
+        self.spawned().saturating_sub(self.ended.iter().sum())
     }
 
     /// Adds what is over.
@@ -248,7 +254,7 @@ impl Kind {
         let ended = |outcome: Outcome| u64::from(self.ended[outcome as usize]);
         sum.attempted += u64::from(self.attempted);
         sum.refused += u64::from(self.refused);
-        sum.spawned += u64::from(self.spawned);
+        sum.spawned += u64::from(self.spawned());
         sum.completed += ended(Outcome::Completed);
         sum.cancelled += ended(Outcome::Cancelled);
         sum.aborted += ended(Outcome::Aborted);
@@ -396,7 +402,6 @@ mod tests {
         // Near its maximum: all were refused but five, of which two live.
         kind.attempted = Kind::FULL;
         kind.refused = Kind::FULL - 5;
-        kind.spawned = 5;
         kind.end(Outcome::Completed);
         kind.end(Outcome::Panicked);
         kind.end(Outcome::Completed);

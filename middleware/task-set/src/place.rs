@@ -76,6 +76,17 @@ impl Here {
         mem::forget(mem::replace(other, outside));
     }
 
+    #[inline]
+    fn take(&self) -> Current {
+        ManuallyDrop::into_inner(self.0.replace(ManuallyDrop::new(Current::Nothing)))
+    }
+
+    /// Where it was [taken](Self::take).
+    #[inline]
+    fn put(&self, current: Current) {
+        self.0.set(ManuallyDrop::new(current));
+    }
+
     /// No code of others may run in `f`: it would find nothing.
     #[inline]
     fn look<R>(&self, f: impl FnOnce(&mut Current) -> R) -> R {
@@ -106,13 +117,13 @@ fn make() -> Option<Arc<Set>> {
     // May be the code of others, who may ask for the set too.
     let context = RequestContext::current();
     let set = HERE.with(|here| {
-        here.look(|current| {
-            *current = match mem::take(current) {
-                Current::Unasked(layer) => Current::Set(Set::new(layer, context), JUST_MADE),
-                made => made,
-            };
-            current.set()
-        })
+        let current = match here.take() {
+            Current::Unasked(layer) => Current::Set(Set::new(layer, context), JUST_MADE),
+            made => made,
+        };
+        let set = current.set();
+        here.put(current);
+        set
     })?;
     if let Some(at) = UNTIL.with(Cell::get) {
         set.expect_limit(at);
@@ -188,8 +199,7 @@ impl InTask {
     /// Moves out the task that [stayed](Self::stay) in.
     #[inline]
     pub(crate) fn take() -> Option<Arc<Set>> {
-        let nothing = ManuallyDrop::new(Current::Nothing);
-        HERE.with(|here| match ManuallyDrop::into_inner(here.0.replace(nothing)) {
+        HERE.with(|here| match here.take() {
             Current::Set(set, _) => Some(set),
             _ => None,
         })

@@ -516,7 +516,7 @@ impl Owner {
     #[inline]
     pub(crate) fn list(
         self: &Arc<Self>,
-        handle: Option<Handle>,
+        handle: Option<&Handle>,
         make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
     ) -> Arc<Set> {
         let shard = this_shard();
@@ -536,7 +536,7 @@ impl Owner {
             return Some(own);
         }
         drop(sets);
-        let (mut sets, runtime) = self.lock_for(shard, handle.clone());
+        let (mut sets, runtime) = self.lock_for(shard, handle.as_ref());
         // All may be different by now.
         if !sets.takes_own() {
             return None;
@@ -560,7 +560,7 @@ impl Owner {
     fn lock_for(
         self: &Arc<Self>,
         shard: usize,
-        handle: Option<Handle>,
+        handle: Option<&Handle>,
     ) -> (MutexGuard<'_, Sets>, Option<Arc<Runtime>>) {
         let sets = lock(&self.shards[shard].0);
         let Some(handle) = handle else { return (sets, None) };
@@ -579,8 +579,8 @@ impl Owner {
 
     #[cold]
     #[inline(never)]
-    fn see_runtime(self: &Arc<Self>, shard: usize, handle: Handle) -> Arc<Runtime> {
-        let runtime = self.runtime(handle);
+    fn see_runtime(self: &Arc<Self>, shard: usize, handle: &Handle) -> Arc<Runtime> {
+        let runtime = self.runtime(handle.clone());
         // The last that is known of a runtime is the code of others: dropped when the lock is not
         // held any more.
         let before = lock(&self.shards[shard].0).runtime.replace(runtime.clone());
@@ -620,6 +620,8 @@ impl Owner {
     }
 
     /// Counts a set that is [over](Set::is_over), and lets go of it.
+    #[expect(clippy::inline_always, reason = "in one of two places, for each set")]
+    #[inline(always)]
     pub(crate) fn retire(&self, set: &Arc<Set>) {
         let Place { shard, index } = set.place;
         // Asked here, for it may run the code of others; for nothing, unless a task was told.

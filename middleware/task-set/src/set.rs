@@ -103,7 +103,7 @@ impl Set {
             None => Handle::try_current().ok(),
         };
         let owner = config.owner.clone();
-        owner.list(handle, |place, runtime, closed| {
+        owner.list(handle.as_ref(), |place, runtime, closed| {
             Self::make(config, context, place, runtime, closed, false)
         })
     }
@@ -154,13 +154,13 @@ impl Set {
         let spare = SPARE.try_with(Cell::take).ok().flatten();
         let mut set = spare.unwrap_or_else(|| Self::blank(place, born));
         let new = Arc::get_mut(&mut set).expect("a spare one is nobody else's");
-        new.config = Some(config);
-        new.context = context;
+        fill(&mut new.config, Some(config));
+        fill(&mut new.context, context);
+        fill(&mut new.runtime, runtime);
+        fill(&mut new.limits, limits);
         new.born = born;
-        new.runtime = runtime;
         new.place = place;
         new.own = own;
-        new.limits = limits;
         new.level = level;
         new.marks.store(marks, Ordering::Relaxed);
         get_mut(&mut new.inner).begin(closed, own);
@@ -198,13 +198,27 @@ impl Set {
     #[inline(never)]
     fn spare(mut self: Arc<Self>) {
         let Some(set) = Arc::get_mut(&mut self) else { return };
-        let Self { inner, config, context, runtime, late_runtime, limits, .. } = set;
-        // Values, wakers and a runtime are the code of others: dropped in the end.
-        let (config, context, limits) = (config.take(), mem::take(context), mem::take(limits));
-        let (runtime, late_runtime) = (runtime.take(), late_runtime.take());
-        let rest = get_mut(inner).clear();
+        let marks = set.marks();
+        let inner = get_mut(&mut set.inner);
+        if marks & (CONTEXT | CARE) != 0 || inner.has_others() {
+            return self.spare_with_care();
+        }
+        inner.clear();
+        // These may be the last, and so the code of others: dropped in the end.
+        let (_config, _runtime) = (set.config.take(), set.runtime.take());
         let _ = SPARE.try_with(|spare| spare.set(Some(self)));
-        drop((config, context, limits, runtime, late_runtime, rest));
+    }
+
+    /// The same if there is what is the code of others: values, wakers.
+    #[inline(never)]
+    fn spare_with_care(mut self: Arc<Self>) {
+        let Some(set) = Arc::get_mut(&mut self) else { return };
+        let _context = mem::take(&mut set.context);
+        let _limits = mem::take(&mut set.limits);
+        let _late_runtime = set.late_runtime.take();
+        let _others = get_mut(&mut set.inner).take_others();
+        set.marks.store(0, Ordering::Relaxed);
+        self.spare();
     }
 
     #[inline]
@@ -268,6 +282,19 @@ impl Set {
             self.owner().retire(self);
         } else {
             self.owner().fold(self);
+        }
+    }
+
+    /// The same where no task lives, for who has the lock.
+    #[inline(never)]
+    fn settle_empty(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
+        let idle = inner.rare.as_mut().and_then(|rare| rare.idle.take());
+        self.forget(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
+        let over = inner.is_over(self.own);
+        drop(inner);
+        notify(idle);
+        if over {
+            self.owner().retire(self);
         }
     }
 
@@ -430,10 +457,10 @@ impl Set {
         plan: &Plan<'_>,
         full: Option<SpawnLimit>,
     ) -> Result<Option<Box<Lifetime>>, Denial> {
-        if inner.closed || inner.cancelled || inner.stage != Stage::Counting {
+        if inner.is_closed() || inner.is_cancelled() || inner.stage != Stage::Counting {
             return Err(Denial::Because(SpawnError::Closed));
         }
-        let lifetime = match inner.end {
+        let lifetime = match inner.end() {
             None => None,
             Some(end) => self.may_enter_late(inner, plan, end).map_err(Denial::Because)?,
         };
@@ -573,7 +600,7 @@ impl Set {
             return Refusal::Because(reason);
         }
         let kind = inner.kind(plan);
-        let count = &mut inner.kinds[usize::from(kind)];
+        let count = &mut inner.kinds[kind];
         count.attempted += 1;
         count.refused += 1;
         let full = count.is_full();
@@ -587,7 +614,7 @@ impl Set {
     /// nobody: the attempt is counted.
     #[cold]
     pub(crate) fn successor(&self, plan: &Plan<'_>) -> Option<TaskRegistry> {
-        if self.lock().cancelled {
+        if self.lock().is_cancelled() {
             self.owner().refuse_late(self.place, plan.name);
             return None;
         }
@@ -712,7 +739,7 @@ impl Set {
         }
         let waker = inner.count_out(slot, outcome);
         if inner.live == 0 {
-            self.leave_last(inner);
+            self.settle_empty(inner);
         } else {
             drop(inner);
         }
@@ -734,7 +761,7 @@ impl Set {
         obeyed: Option<Outcome>,
         outcome: Outcome,
     ) {
-        let is_shutdown = inner.cancelled && inner.closed;
+        let is_shutdown = inner.is_cancelled() && inner.is_closed();
         if is_shutdown && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
             inner.note_forced(slot, self.born, outcome);
         }
@@ -744,7 +771,7 @@ impl Set {
         let waker = inner.count_out(slot, outcome);
         let share = inner.share().cloned();
         if inner.live == 0 {
-            self.leave_last(inner);
+            self.settle_empty(inner);
         } else {
             drop(inner);
         }
@@ -752,16 +779,6 @@ impl Set {
             share.release();
         }
         drop(waker);
-    }
-
-    #[inline(never)]
-    fn leave_last(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
-        let idle = inner.rare.as_mut().and_then(|rare| rare.idle.take());
-        self.forget(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
-        let over = inner.is_over(self.own);
-        drop(inner);
-        notify(idle);
-        self.settle(over, false);
     }
 
     /// Ends what of that is the code of others.
@@ -782,19 +799,19 @@ impl Set {
 
     pub(crate) fn name_and_site(&self, slot: u32) -> (&'static str, &'static Location<'static>) {
         let inner = self.lock();
-        let kind = &inner.kinds[usize::from(inner.tasks[slot as usize].kind)];
+        let kind = &inner.kinds[inner.tasks[slot as usize].kind];
         (kind.name, kind.site)
     }
 
     /// The name and the site of the tasks of a kind.
     pub(crate) fn kind(&self, kind: u16) -> (&'static str, &'static Location<'static>) {
-        let Kind { name, site, .. } = self.lock().kinds[usize::from(kind)];
+        let Kind { name, site, .. } = self.lock().kinds[kind];
         (name, site)
     }
 
     /// How the response has ended, if it has.
     pub(crate) fn ended(&self) -> Option<End> {
-        self.lock().end
+        self.lock().end()
     }
 
     /// Counts an attempt that was refused before it came here.
@@ -808,14 +825,33 @@ impl Set {
     /// The response is over. Its deadline waits for nobody who holds it.
     pub(crate) fn end(self: &Arc<Self>, end: End) {
         let mut inner = self.lock();
-        if inner.end.is_some() {
+        // The most have tasks, and these have a while, and there is nothing else.
+        let chosen = self.config().policy.get(end).unwrap_or_default();
+        let is_held = inner.holds > 0;
+        if is_held || inner.live == 0 || !inner.is_plain() || !Lifetime::is_far(chosen) {
+            return self.end_with_care(inner, end);
+        }
+        inner.set_end(end);
+        let waker = inner.response.take();
+        let watch = inner.drain(Lifetime::begin(chosen));
+        drop(inner);
+        if watch {
+            self.watch_deadline();
+        }
+        // The code of others.
+        drop(waker);
+    }
+
+    #[inline(never)]
+    fn end_with_care(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, end: End) {
+        if inner.end().is_some() {
             return;
         }
         if inner.holds > 0 && end != End::TimedOut {
             inner.held_end.get_or_insert(end);
             return;
         }
-        inner.end = Some(end);
+        inner.set_end(end);
         // Who lets go as the last has nothing to tell any more, and retires it.
         inner.held_end = None;
         // Wakers are the code of others.
@@ -823,46 +859,27 @@ impl Set {
         for deadline in inner.deadlines() {
             self.forget(deadline.key.take());
         }
-        self.end_tasks(inner, end);
+        let changed = inner.take_changed();
+        if inner.live == 0 {
+            self.settle_empty(inner);
+        } else if inner.is_cancelled() {
+            drop(inner);
+        } else {
+            self.end_each(inner, end);
+        }
+        notify(changed);
         drop(waker);
     }
 
-    #[inline]
-    fn end_tasks(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, end: End) {
-        if inner.live == 0 || inner.cancelled {
-            let changed = inner.take_changed();
-            let over = inner.is_over(self.own);
-            drop(inner);
-            notify(changed);
-            return self.settle(over, false);
-        }
+    /// Begins the lifetime of all, and of each that has made a choice of its own.
+    fn end_each(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, end: End) {
         let chosen = self.policy(&inner).get(end).unwrap_or_default();
-        let lifetime = Lifetime::begin(chosen);
-        if !lifetime.is_far() || inner.is_involved() {
-            return self.end_each(inner, end, lifetime);
-        }
-        let watch = inner.drain(lifetime);
-        drop(inner);
-        if watch {
-            self.watch_deadline();
-        }
-    }
-
-    /// The same if some have a choice of their own, or are to be told.
-    #[inline(never)]
-    fn end_each(
-        self: &Arc<Self>,
-        mut inner: MutexGuard<'_, Inner>,
-        end: End,
-        mut lifetime: Lifetime,
-    ) {
-        let changed = inner.take_changed();
-        let chosen = lifetime.at_end;
+        let mut lifetime = Lifetime::begin(chosen);
         let order = Order::Cancel(end.into());
         let mut news = News::default();
         let mut watch = false;
         let all = lifetime.is_over();
-        if lifetime.is_far() {
+        if Lifetime::is_far(chosen) {
             watch = inner.drain(lifetime);
         } else {
             if all {
@@ -895,7 +912,6 @@ impl Set {
             self.watch_deadline();
         }
         self.spread(news);
-        notify(changed);
     }
 
     /// The response has to be over by then, or what is served within it, which then
@@ -911,7 +927,7 @@ impl Set {
 
     fn add_limit(self: &Arc<Self>, at: Instant, users: usize) {
         let mut inner = self.lock();
-        if inner.end.is_some() {
+        if inner.end().is_some() {
             return;
         }
         if let Some(known) = inner.deadlines().iter_mut().find(|known| known.at == at) {
@@ -953,7 +969,7 @@ impl Set {
             return Poll::Ready(panic.clone());
         }
         let is_known = inner.response.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
-        if is_known || inner.end.is_some() {
+        if is_known || inner.end().is_some() {
             return Poll::Pending;
         }
         drop(inner);
@@ -976,7 +992,7 @@ impl Set {
                 drop(inner);
                 self.cancel(Cause::Sibling);
             }
-            OnPanic::FailResponse if inner.end.is_none() => {
+            OnPanic::FailResponse if inner.end().is_none() => {
                 inner.rare_mut().failed.get_or_insert_with(|| panic.clone());
                 self.marks.fetch_or(FAILED, Ordering::Relaxed);
                 let waker = inner.response.take();
@@ -1030,7 +1046,7 @@ impl Set {
     /// A deadline that was [noted](Self::note) has come.
     pub(crate) fn lapse(self: &Arc<Self>, key: Key, who: Who) {
         let mut inner = self.lock();
-        let order = Order::Cancel(inner.end.map_or(Cause::Requested, Cause::from));
+        let order = Order::Cancel(inner.end().map_or(Cause::Requested, Cause::from));
         let mut news = News::default();
         match who {
             Who::Response => {
@@ -1106,7 +1122,7 @@ impl Set {
 
     fn cancel_now(self: &Arc<Self>, cause: Cause, abort: bool) {
         let mut inner = self.lock();
-        inner.cancelled = true;
+        inner.cancel();
         let over = self.own && inner.disown();
         let mut news = News::default();
         self.tell_all(&mut inner, Order::Cancel(cause), &mut news, |_| true);
@@ -1247,7 +1263,7 @@ impl Set {
 
     /// Accepts no task from now on.
     pub(crate) fn close(&self) {
-        self.lock().closed = true;
+        self.lock().close();
     }
 
     /// The same if it belongs to no request.
@@ -1279,7 +1295,7 @@ impl Set {
     /// Whether it could still be held.
     pub(crate) fn hold(&self) -> bool {
         let mut inner = self.lock();
-        let open = inner.end.is_none() && !self.own;
+        let open = inner.end().is_none() && !self.own;
         if open {
             inner.holds += 1;
         }
@@ -1317,23 +1333,17 @@ impl Set {
     /// Adds the counts of a set that is over.
     ///
     /// `trace_id` is its own, if a shutdown has ended any of its tasks.
-    #[inline]
+    #[expect(clippy::inline_always, reason = "in one of two places, for each set")]
+    #[inline(always)]
     pub(crate) fn add_to(&self, base: &mut Base, trace_id: Option<TraceId>) {
-        let inner = self.lock();
-        for kind in &inner.kinds {
-            kind.add_to(base.of(kind.name));
-        }
-        // They stay here as the counts do, for a snapshot that has found it listed.
-        if let Some(rare) = &inner.rare {
-            rare.forced.in_request(trace_id).for_each(|task| base.forced.push(task));
-        }
+        self.lock().add_to(base, trace_id);
     }
 
     /// Moves what is over out of it.
     pub(crate) fn fold(&self, mut add: impl FnMut(&'static str, Counts)) {
         let mut inner = self.lock();
         if inner.stage != Stage::Retired {
-            for kind in &mut inner.kinds {
+            for kind in inner.kinds.iter_mut().filter(|kind| !kind.is_unused()) {
                 add(kind.name, kind.take());
             }
         }
@@ -1401,7 +1411,7 @@ impl Set {
     #[cold]
     pub(crate) fn drop_panic(&self, task: &Canceller, payload: Box<dyn Any + Send>) -> Panic {
         let mut inner = self.lock();
-        let Kind { name, site, .. } = inner.kinds[usize::from(task.kind)];
+        let Kind { name, site, .. } = inner.kinds[task.kind];
         let kept = inner.take_drop_panic(task.slot, task.generation);
         drop(inner);
         // The ids are the request's, not those of who awaits the handle.
@@ -1430,6 +1440,12 @@ impl News {
     fn expect(&mut self, until: Option<Instant>) {
         self.earliest = self.earliest.into_iter().chain(until).min();
     }
+}
+
+/// Puts a value where none is, which the compiler does not see.
+#[inline]
+fn fill<T>(place: &mut T, value: T) {
+    mem::forget(mem::replace(place, value));
 }
 
 /// As [`Entry::since`](members::Entry), for a task that is spawned here.

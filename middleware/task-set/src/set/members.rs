@@ -1,4 +1,12 @@
-use std::{collections::HashMap, panic::Location, sync::Arc, task::Waker, time::Duration};
+use std::{
+    collections::HashMap,
+    iter,
+    ops::{Index, IndexMut},
+    panic::Location,
+    sync::Arc,
+    task::Waker,
+    time::Duration,
+};
 
 use smallvec::SmallVec;
 use tokio::time::Instant;
@@ -10,7 +18,7 @@ use tower_spawn_limit::{SpawnError, SpawnLimit};
 use super::Home;
 use crate::{
     AtEnd, Cause, ForcedTask, OnPanic, Outcome,
-    ledger::{ForcedTasks, Kind, OTHER},
+    ledger::{Base, ForcedTasks, Kind, OTHER},
     lifetime::Policy,
     reaper::{Key, Runtime},
     stop::Stop,
@@ -26,17 +34,19 @@ pub(super) struct Inner {
     /// The first entry that is free; its `since` is the next.
     pub(super) free: u32,
     /// Accepts nothing, whether it has ended or not: the registry is closed.
-    pub(super) closed: bool,
+    closed: bool,
     /// All tasks were told to end.
-    pub(super) cancelled: bool,
+    cancelled: bool,
+    /// It is one of these, or has ended, or is counted elsewhere: a spawn looks at this alone.
+    shut: bool,
     pub(super) stage: Stage,
-    pub(super) end: Option<End>,
+    end: Option<End>,
     pub(super) watch: Watch,
     /// How many have used `ticks` since that was read.
     ticks_used: u8,
     pub(super) held_end: Option<End>,
     pub(super) rare: Option<Box<Rare>>,
-    pub(super) kinds: SmallVec<[Kind; 4]>,
+    pub(super) kinds: Kinds,
     pub(super) tasks: SmallVec<[Entry; 4]>,
     /// What only some tasks have.
     pub(super) extras: Extras,
@@ -125,14 +135,71 @@ pub(super) const TICKS: u32 = 64;
 pub(super) const FREE: u16 = u16::MAX;
 /// As `Entry::since`: it has not awaited yet.
 pub(super) const NOT_YET: u32 = u32::MAX;
-/// So many kinds a set tells apart; what is more is counted as one other.
-pub(super) const KINDS_MAX: usize = FREE as usize - 1;
+/// So many kinds besides the first a set tells apart; what is more is counted as the last of them.
+const KINDS_MAX: usize = FREE as usize - 1;
 /// So many kinds are looked through one by one.
-pub(super) const KINDS_LISTED: usize = 16;
+const KINDS_LISTED: usize = 16;
 /// As an index of an entry: none is free.
 pub(super) const NONE: u32 = u32::MAX;
 /// So many are kept for the next set, some 1.5 kB: its request may be a long one with few tasks.
 const ENTRIES_KEPT: usize = 64;
+
+/// The kinds of a set's tasks. The first lies apart, where a spawn and an end need not look for it:
+/// most sets have no other.
+pub(super) struct Kinds {
+    /// [Unused](Kind::is_unused) until there is one.
+    first: Kind,
+    others: SmallVec<[Kind; 3]>,
+}
+
+impl Default for Kinds {
+    fn default() -> Self {
+        Self { first: Kind::new("", Location::caller()), others: SmallVec::new() }
+    }
+}
+
+impl Kinds {
+    /// As new. What was the first is likely to be that of the next set, too.
+    #[inline]
+    fn clear(&mut self) {
+        self.first = Kind::new(self.first.name, self.first.site);
+        self.others.clear();
+        if self.others.spilled() {
+            self.others = SmallVec::new();
+        }
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Kind> {
+        iter::once(&self.first).chain(&self.others)
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Kind> {
+        iter::once(&mut self.first).chain(&mut self.others)
+    }
+}
+
+impl Index<u16> for Kinds {
+    type Output = Kind;
+
+    #[inline]
+    fn index(&self, kind: u16) -> &Kind {
+        match usize::from(kind).checked_sub(1) {
+            None => &self.first,
+            Some(place) => &self.others[place],
+        }
+    }
+}
+
+impl IndexMut<u16> for Kinds {
+    #[inline]
+    fn index_mut(&mut self, kind: u16) -> &mut Kind {
+        match usize::from(kind).checked_sub(1) {
+            None => &mut self.first,
+            Some(place) => &mut self.others[place],
+        }
+    }
+}
+
 /// What is known of a task beyond its entry.
 #[derive(Default)]
 pub(super) struct Extra {
@@ -282,6 +349,8 @@ pub(super) struct Lifetime {
 }
 
 impl Lifetime {
+    #[expect(clippy::inline_always, reason = "at the end of each response")]
+    #[inline(always)]
     pub(super) fn begin(at_end: AtEnd) -> Self {
         let until = match at_end {
             // What is too long to count is for ever.
@@ -311,8 +380,8 @@ impl Lifetime {
         Self { key: None, ..self }
     }
 
-    pub(super) fn is_far(&self) -> bool {
-        matches!(self.at_end, AtEnd::Drain(time) if Runtime::is_far(time))
+    pub(super) fn is_far(at_end: AtEnd) -> bool {
+        matches!(at_end, AtEnd::Drain(time) if Runtime::is_far(time))
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -323,7 +392,7 @@ impl Lifetime {
 impl Default for Inner {
     fn default() -> Self {
         Self {
-            kinds: SmallVec::new(),
+            kinds: Kinds::default(),
             tasks: SmallVec::new(),
             free: NONE,
             live: 0,
@@ -334,6 +403,7 @@ impl Default for Inner {
             end: None,
             closed: false,
             cancelled: false,
+            shut: false,
             stage: Stage::Counting,
             order: None,
             lifetime: None,
@@ -350,23 +420,38 @@ impl Inner {
     /// Belongs to a set from now on.
     pub(super) fn begin(&mut self, closed: bool, own: bool) {
         self.closed = closed;
-        self.lifetime = own.then(|| Lifetime::begin(AtEnd::Keep));
+        self.shut = closed;
+        if own {
+            self.lifetime = Some(Lifetime::begin(AtEnd::Keep));
+        }
     }
 
-    /// As new, but for some memory, and the entries in that: no task lives, so all are free.
-    pub(super) fn clear(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
+    /// Whether it has what is the code of others.
+    #[inline]
+    pub(super) fn has_others(&self) -> bool {
+        self.response.is_some() || self.rare.is_some()
+    }
+
+    pub(super) fn take_others(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
+        (self.response.take(), self.rare.take())
+    }
+
+    /// As new, but for some memory, and the entries in that: no task lives, so all are free. It has
+    /// no [others](Self::has_others).
+    #[inline]
+    pub(super) fn clear(&mut self) {
         // Each by its name, or one could be forgotten.
         let Self {
             live,
             free,
             closed,
             cancelled,
+            shut,
             stage,
             end,
             watch,
             ticks_used,
             held_end,
-            rare,
             kinds,
             tasks,
             extras,
@@ -375,20 +460,22 @@ impl Inner {
             order,
             next_timeout,
             lifetime,
-            response,
-        } = self;
+            response: None,
+            rare: None,
+        } = self
+        else {
+            unreachable!("they were taken");
+        };
         debug_assert_eq!((*live, *holds), (0, 0), "who is in it has it");
         if tasks.len() > ENTRIES_KEPT {
             *tasks = SmallVec::new();
             *free = NONE;
         }
         kinds.clear();
-        if kinds.spilled() {
-            *kinds = SmallVec::new();
-        }
         extras.renew();
         *closed = false;
         *cancelled = false;
+        *shut = false;
         *stage = Stage::Counting;
         *end = None;
         *watch = Watch::Unneeded;
@@ -398,7 +485,26 @@ impl Inner {
         *order = None;
         *next_timeout = None;
         *lifetime = None;
-        (response.take(), rare.take())
+    }
+
+    /// Adds the counts of a set that is over.
+    ///
+    /// `trace_id` is its own, if a shutdown has ended any of its tasks.
+    #[expect(clippy::inline_always, reason = "in one of two places, for each set")]
+    #[inline(always)]
+    pub(super) fn add_to(&self, base: &mut Base, trace_id: Option<TraceId>) {
+        let Kinds { first, others } = &self.kinds;
+        // Unused where the set had no task.
+        if !first.is_unused() {
+            first.add_to(base.of(first.name));
+        }
+        for kind in others {
+            kind.add_to(base.of(kind.name));
+        }
+        // They stay here as the counts do, for a snapshot that has found it listed.
+        if let Some(rare) = &self.rare {
+            rare.forced.in_request(trace_id).for_each(|task| base.forced.push(task));
+        }
     }
 
     /// The response is over, and its tasks have a time that is far away. Whether the reaper is to
@@ -456,7 +562,7 @@ impl Inner {
             return;
         }
         let entry = &self.tasks[slot as usize];
-        let kind = &self.kinds[usize::from(entry.kind)];
+        let kind = &self.kinds[entry.kind];
         let task = ForcedTask {
             name: kind.name,
             site: kind.site,
@@ -477,6 +583,7 @@ impl Inner {
     pub(super) fn disown(&mut self) -> bool {
         if self.stage == Stage::Counting {
             self.stage = Stage::Gone;
+            self.shut = true;
         }
         self.is_over(true)
     }
@@ -491,23 +598,54 @@ impl Inner {
             && self.stage != Stage::Retired;
         if over {
             self.stage = Stage::Retired;
+            self.shut = true;
         }
         over
     }
 
     #[inline]
     pub(super) fn kind(&mut self, plan: &Plan<'_>) -> u16 {
-        match self.kinds.first() {
-            Some(first) if first.is(plan.name, plan.site) => 0,
-            _ => self.other_kind(plan),
-        }
+        if self.kinds.first.is(plan.name, plan.site) { 0 } else { self.other_kind(plan) }
     }
 
     /// Whether all that is asked for is given: the response goes on, and nobody was told anything.
     #[inline]
     pub(super) fn is_open(&self) -> bool {
-        let is_shut = self.closed || self.cancelled || self.end.is_some();
-        !is_shut && self.stage == Stage::Counting
+        debug_assert_eq!(
+            self.shut,
+            self.closed || self.cancelled || self.end.is_some() || self.stage != Stage::Counting
+        );
+        !self.shut
+    }
+
+    /// Whether it is [open](Self::is_open), and all that is known of its tasks is in their entries.
+    #[inline]
+    pub(super) fn is_plain(&self) -> bool {
+        !self.shut && !self.is_involved()
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    pub(super) fn close(&mut self) {
+        (self.closed, self.shut) = (true, true);
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled
+    }
+
+    pub(super) fn cancel(&mut self) {
+        (self.cancelled, self.shut) = (true, true);
+    }
+
+    pub(super) fn end(&self) -> Option<End> {
+        self.end
+    }
+
+    pub(super) fn set_end(&mut self, end: End) {
+        (self.end, self.shut) = (Some(end), true);
     }
 
     /// Takes a task in: its slot, generation and kind, and whether its counts are to be moved out.
@@ -523,13 +661,11 @@ impl Inner {
     #[expect(clippy::inline_always, reason = "as above")]
     #[inline(always)]
     fn count_in(&mut self, plan: &Plan<'_>) -> (u16, bool) {
-        if let Some(first) = self.kinds.first_mut() {
-            if first.is(plan.name, plan.site) {
-                return (0, first.begin());
-            }
+        if self.kinds.first.is(plan.name, plan.site) {
+            return (0, self.kinds.first.begin());
         }
         let kind = self.other_kind(plan);
-        (kind, self.kinds[usize::from(kind)].begin())
+        (kind, self.kinds[kind].begin())
     }
 
     /// Counts the task in this slot as ended.
@@ -540,7 +676,7 @@ impl Inner {
         entry.since = std::mem::replace(&mut self.free, slot);
         entry.generation = entry.generation.wrapping_add(1);
         let waker = entry.waker.take();
-        self.kinds[usize::from(kind)].end(outcome);
+        self.kinds[kind].end(outcome);
         self.live -= 1;
         waker
     }
@@ -613,36 +749,38 @@ impl Inner {
 
     #[inline(never)]
     fn other_kind(&mut self, plan: &Plan<'_>) -> u16 {
-        if self.kinds.is_empty() {
-            self.kinds.push(Kind::new(plan.name, plan.site));
+        let Kinds { first, others } = &mut self.kinds;
+        if first.is_unused() {
+            *first = Kind::new(plan.name, plan.site);
             return 0;
         }
         let index = self.rare.as_ref().and_then(|rare| rare.index.as_ref());
         let found = match index {
-            None => self.kinds.iter().position(|kind| kind.is(plan.name, plan.site)),
+            None => others.iter().position(|kind| kind.is(plan.name, plan.site)),
             Some(index) => index.get(&address(plan.name, plan.site)).copied(),
         };
-        let kind = found.unwrap_or_else(|| self.add_kind(plan));
+        let place = found.unwrap_or_else(|| self.add_kind(plan));
         // There are less than `FREE`.
-        u16::try_from(kind).unwrap_or(FREE - 1)
+        u16::try_from(1 + place).unwrap_or(FREE - 1)
     }
 
+    /// Its place among the others.
     #[cold]
     fn add_kind(&mut self, plan: &Plan<'_>) -> usize {
-        if self.kinds.len() > KINDS_MAX {
-            return KINDS_MAX;
+        let others = &mut self.kinds.others;
+        if others.len() == KINDS_MAX {
+            return KINDS_MAX - 1;
         }
-        let other = self.kinds.len() == KINDS_MAX;
-        self.kinds.push(Kind::new(if other { OTHER } else { plan.name }, plan.site));
-        if self.kinds.len() > KINDS_LISTED {
-            let kinds = &self.kinds;
+        let is_last = others.len() == KINDS_MAX - 1;
+        others.push(Kind::new(if is_last { OTHER } else { plan.name }, plan.site));
+        if others.len() >= KINDS_LISTED {
             let index = self.rare.get_or_insert_default().index.get_or_insert_with(|| {
-                let listed = kinds.iter().enumerate();
+                let listed = others.iter().enumerate();
                 listed.map(|(at, kind)| (address(kind.name, kind.site), at)).collect()
             });
-            index.insert(address(plan.name, plan.site), self.kinds.len() - 1);
+            index.insert(address(plan.name, plan.site), others.len() - 1);
         }
-        self.kinds.len() - 1
+        others.len() - 1
     }
 
     /// How old the set is. A look at the clock costs as much as all else of a wait, so of many

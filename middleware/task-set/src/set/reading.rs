@@ -58,7 +58,9 @@ impl Reading {
         }
         snapshot.forced_tasks.extend(self.forced.in_request(self.trace_id));
         for (kind, live) in self.kinds.into_iter().zip(live) {
-            snapshot.add(kind.name, kind.counts(live));
+            if !kind.is_unused() {
+                snapshot.add(kind.name, kind.counts(live));
+            }
         }
     }
 }
@@ -80,7 +82,7 @@ impl Set {
         // Made before the lock is taken; a few may come in between.
         let mut tasks = Vec::with_capacity(self.len());
         let inner = self.lock();
-        let kinds = inner.kinds.to_vec();
+        let kinds = inner.kinds.iter().copied().collect();
         let forced = inner.rare.as_ref().map(|rare| rare.forced.clone()).unwrap_or_default();
         let entries = inner.tasks.len();
         let live = (entries > PART).then_some(inner.live);
