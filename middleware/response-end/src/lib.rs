@@ -433,11 +433,14 @@ impl<W: Watch> Watched<W> {
     /// R1. See RFC 9110, section 6.4.1.
     #[inline]
     fn has_no_body(&self, status: StatusCode) -> bool {
-        status.is_informational()
-            || status == StatusCode::NO_CONTENT
-            || status == StatusCode::NOT_MODIFIED
-            || self.kind == Kind::Head
-            || (self.kind == Kind::Connect && status.is_success())
+        match self.kind {
+            Kind::Head => true,
+            Kind::Connect if status.is_success() => true,
+            Kind::Connect | Kind::Other => {
+                status.is_informational()
+                    || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+            }
+        }
     }
 
     #[inline]
