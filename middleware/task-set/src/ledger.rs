@@ -192,15 +192,12 @@ impl fmt::Display for TaskState {
 pub(crate) struct Kind {
     pub(crate) name: &'static str,
     pub(crate) site: &'static Location<'static>,
-    pub(crate) attempted: u32,
-    pub(crate) refused: u32,
-    ended: [u32; Outcome::COUNT],
+    pub(crate) attempted: u64,
+    pub(crate) refused: u64,
+    ended: [u64; Outcome::COUNT],
 }
 
 impl Kind {
-    /// When a count comes to this it is time to [`take`](Self::take).
-    const FULL: u32 = 1 << 31;
-
     pub(crate) const fn new(name: &'static str, site: &'static Location<'static>) -> Self {
         Self { name, site, attempted: 0, refused: 0, ended: [0; Outcome::COUNT] }
     }
@@ -211,19 +208,8 @@ impl Kind {
         std::ptr::eq(self.name, name) && std::ptr::eq(self.site, site)
     }
 
-    /// A task of this kind begins. Whether the counts are to be moved out.
-    #[inline]
-    pub(crate) fn begin(&mut self) -> bool {
-        self.attempted += 1;
-        self.is_full()
-    }
-
     pub(crate) fn end(&mut self, outcome: Outcome) {
         self.ended[outcome as usize] += 1;
-    }
-
-    pub(crate) fn is_full(&self) -> bool {
-        self.attempted >= Self::FULL
     }
 
     /// Whether there is nothing to count.
@@ -231,30 +217,22 @@ impl Kind {
         self.attempted == 0
     }
 
-    const fn spawned(&self) -> u32 {
+    const fn spawned(&self) -> u64 {
         self.attempted - self.refused
     }
 
-    /// Takes out all that is over, and leaves what lives.
-    pub(crate) fn take(&mut self) -> Counts {
-        let counts = self.counts(0);
-        *self = Self { attempted: self.live(), ..Self::new(self.name, self.site) };
-        let left = u64::from(self.attempted);
-        Counts { attempted: counts.attempted - left, spawned: counts.spawned - left, ..counts }
-    }
-
     /// How many live, by the other counts.
-    pub(crate) fn live(&self) -> u32 {
+    pub(crate) fn live(&self) -> u64 {
         self.spawned().saturating_sub(self.ended.iter().sum())
     }
 
     /// Adds what is over.
     #[inline]
     pub(crate) fn add_to(&self, sum: &mut Counts) {
-        let ended = |outcome: Outcome| u64::from(self.ended[outcome as usize]);
-        sum.attempted += u64::from(self.attempted);
-        sum.refused += u64::from(self.refused);
-        sum.spawned += u64::from(self.spawned());
+        let ended = |outcome: Outcome| self.ended[outcome as usize];
+        sum.attempted += self.attempted;
+        sum.refused += self.refused;
+        sum.spawned += self.spawned();
         sum.completed += ended(Outcome::Completed);
         sum.cancelled += ended(Outcome::Cancelled);
         sum.aborted += ended(Outcome::Aborted);
@@ -395,27 +373,6 @@ mod text {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn counts_that_are_about_to_overflow_are_taken_out_and_what_lives_stays() {
-        let mut kind = Kind::new("task", Location::caller());
-        // Near its maximum: all were refused but five, of which two live.
-        kind.attempted = Kind::FULL;
-        kind.refused = Kind::FULL - 5;
-        kind.end(Outcome::Completed);
-        kind.end(Outcome::Panicked);
-        kind.end(Outcome::Completed);
-        assert!(kind.is_full());
-
-        let all = kind.counts(2);
-        let mut taken = kind.take();
-        let left = kind.counts(2);
-        assert!(all.is_exact() && taken.is_exact() && left.is_exact());
-        assert!(!kind.is_full());
-        assert_eq!((left.attempted, left.spawned, left.refused, left.completed), (2, 2, 0, 0));
-        taken += left;
-        assert_eq!(taken, all, "nothing is lost");
-    }
 
     #[test]
     fn whoever_reads_what_was_forced_copies_pointers_and_sees_nothing_later() {

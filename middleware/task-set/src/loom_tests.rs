@@ -358,32 +358,6 @@ fn a_snapshot_while_a_set_goes_over_counts_it_once() {
     assert_eq!(seen, [0, 1]);
 }
 
-#[test]
-fn a_snapshot_while_a_set_moves_its_counts_out_has_each_once() {
-    let seen = outcomes(|| {
-        let registry = TaskRegistry::new();
-        let set = set(&registry);
-        let lives = enter(&set).unwrap();
-        complete(enter(&set).unwrap());
-        let moved = Arc::new(AtomicBool::new(false));
-        let mover = thread::spawn({
-            let moved = moved.clone();
-            move || {
-                set.owner().fold(&set);
-                moved.store(true, Relaxed);
-            }
-        });
-        assert_exact(&registry, 2, 0, 1);
-        let was_moved = moved.load(Relaxed);
-        mover.join().unwrap();
-        assert_exact(&registry, 2, 0, 1);
-        drop(lives);
-        assert_exact(&registry, 2, 0, 0);
-        was_moved
-    });
-    assert_eq!(seen, [false, true]);
-}
-
 fn graceful(set: &Arc<Set>) -> (Member, StopToken) {
     let (choice, stop) = Choice::graceful();
     let Ok(ticket) = set.enter(&plan().with(&choice), None) else { panic!("it is open") };

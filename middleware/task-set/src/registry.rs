@@ -451,8 +451,6 @@ struct Sets {
     free: Vec<usize>,
     /// Those that are over.
     base: Base,
-    /// How often counts of a set that is not over were moved to `base`.
-    folds: usize,
     closed: bool,
     /// Takes no task that belongs to no request.
     draining: bool,
@@ -636,13 +634,6 @@ impl Owner {
         drop((removed, own));
     }
 
-    /// Moves what is over out of a set that is not, before its counts overflow.
-    pub(crate) fn fold(&self, set: &Arc<Set>) {
-        let mut sets = lock(&self.shards[set.place.shard].0);
-        sets.folds += 1;
-        set.fold(|name, counts| *sets.base.of(name) += counts);
-    }
-
     fn close(&self) {
         for shard in &self.shards {
             let mut sets = lock(&shard.0);
@@ -679,24 +670,14 @@ impl Owner {
     fn snapshot(&self) -> Snapshot {
         let mut snapshot = Snapshot::default();
         for shard in &self.shards {
-            // A fold between the two reads would hide what it moves.
-            let (base, forced, readings) = loop {
-                let sets = lock(&shard.0);
-                let folds = sets.folds;
-                let (base, forced, listed) = sets.for_snapshot();
-                drop(sets);
-                // A set that retires from now on is not in this base, and keeps its counts.
-                let readings: Vec<_> = listed.iter().map(|set| set.read()).collect();
-                if lock(&shard.0).folds == folds {
-                    break (base, forced, readings);
-                }
-            };
+            let (base, forced, listed) = lock(&shard.0).for_snapshot();
             for (name, counts) in base {
                 snapshot.add(name, counts);
             }
             snapshot.forced_tasks.extend(forced.in_request(None));
-            for reading in readings {
-                reading.add_to(&mut snapshot);
+            // One that retires from now on is not in this base, and keeps its counts.
+            for set in listed {
+                set.read().add_to(&mut snapshot);
             }
         }
         snapshot

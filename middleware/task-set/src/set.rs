@@ -23,7 +23,7 @@ use tower_spawn_limit::{Level, Limits, SpawnError, SpawnLimit};
 use tracing::field;
 
 use crate::{
-    Counts, OnPanic, TaskEvent, TaskRegistry,
+    OnPanic, TaskEvent, TaskRegistry,
     ledger::{Base, Kind},
     lifetime::Policy,
     place,
@@ -267,22 +267,18 @@ impl Set {
         lock(&self.inner)
     }
 
-    /// After a change that may have been the last: counts the set as over, or moves counts out
-    /// that are about to overflow.
+    /// After a change that may have been the last.
     #[inline]
-    fn settle(self: &Arc<Self>, over: bool, full: bool) {
-        if over || full {
-            self.settle_now(over);
+    fn settle(self: &Arc<Self>, over: bool) {
+        if over {
+            self.retire();
         }
     }
 
+    /// It is over.
     #[inline(never)]
-    fn settle_now(self: &Arc<Self>, over: bool) {
-        if over {
-            self.owner().retire(self);
-        } else {
-            self.owner().fold(self);
-        }
+    fn retire(self: &Arc<Self>) {
+        self.owner().retire(self);
     }
 
     /// The same where no task lives, for who has the lock.
@@ -332,8 +328,7 @@ impl Set {
         }
         // In one place, or this is a call.
         drop(inner);
-        let (slot, generation, kind, full) = taken?;
-        self.settle(false, full);
+        let (slot, generation, kind) = taken?;
         Some(Ticket { slot, generation, kind, has_home: false })
     }
 
@@ -405,14 +400,13 @@ impl Set {
                 return Err(refusal);
             }
         };
-        let (slot, generation, kind, full) = inner.take_in(plan, since);
+        let (slot, generation, kind) = inner.take_in(plan, since);
         let has_home = home.is_some() || self.config().observer.is_some();
         if plan.has_choices() || lifetime.is_some() || has_home {
             self.enter_with(inner, plan, runtime, slot, lifetime, home);
         } else {
             drop(inner);
         }
-        self.settle(false, full);
         Ok(Ticket { slot, generation, kind, has_home })
     }
 
@@ -517,7 +511,7 @@ impl Set {
             let over = inner.is_over(self.own);
             drop(inner);
             plan.with_hand(|hand| hand.full = Some(full));
-            self.settle(over, false);
+            self.settle(over);
             Refusal::Full
         } else {
             full.refuse();
@@ -603,10 +597,9 @@ impl Set {
         let count = &mut inner.kinds[kind];
         count.attempted += 1;
         count.refused += 1;
-        let full = count.is_full();
         let over = inner.is_over(self.own);
         drop(inner);
-        self.settle(over, full);
+        self.settle(over);
         Refusal::Because(reason)
     }
 
@@ -1135,7 +1128,7 @@ impl Set {
         drop(inner);
         self.spread(news);
         notify(changed);
-        self.settle(over, false);
+        self.settle(over);
     }
 
     /// Tells all tasks that have nothing of their own, and of the others those that `which` says.
@@ -1276,7 +1269,7 @@ impl Set {
     /// The registry has another for the tasks that belong to no request.
     pub(crate) fn disown(self: &Arc<Self>) {
         let over = self.lock().disown();
-        self.settle(over, false);
+        self.settle(over);
     }
 
     fn policy<'a>(&'a self, inner: &'a Inner) -> &'a Policy {
@@ -1310,7 +1303,7 @@ impl Set {
         drop(inner);
         match end {
             Some(end) => self.end(end),
-            None => self.settle(over, false),
+            None => self.settle(over),
         }
     }
 
@@ -1337,16 +1330,6 @@ impl Set {
     #[inline(always)]
     pub(crate) fn add_to(&self, base: &mut Base, trace_id: Option<TraceId>) {
         self.lock().add_to(base, trace_id);
-    }
-
-    /// Moves what is over out of it.
-    pub(crate) fn fold(&self, mut add: impl FnMut(&'static str, Counts)) {
-        let mut inner = self.lock();
-        if inner.stage != Stage::Retired {
-            for kind in inner.kinds.iter_mut().filter(|kind| !kind.is_unused()) {
-                add(kind.name, kind.take());
-            }
-        }
     }
 
     /// A poll of the task has panicked.
@@ -1675,30 +1658,6 @@ mod tests {
         // Not over: the registry has it.
         other.release();
         assert_ne!(Arc::as_ptr(&make()), Arc::as_ptr(&kept));
-    }
-
-    #[test]
-    fn a_set_folds_its_counts_before_they_overflow() {
-        let registry = TaskRegistry::new();
-        let set = Set::new(registry.config().clone(), RequestContext::new());
-        let plan = Plan::new("task", Location::caller());
-        let first = set.enter(&plan, None).expect("it is open").member(&set);
-        let nearly = u64::from(u32::MAX / 2) - 2;
-        set.lock().kinds[0].attempted += u32::try_from(nearly).expect("fits");
-        set.lock().kinds[0].refused += u32::try_from(nearly).expect("fits");
-
-        let enter = |_| set.enter(&plan, None).expect("it is open").member(&set);
-        let members: Vec<_> = (0..5).map(enter).collect();
-        let counts = registry.snapshot().totals;
-        assert!(counts.is_exact(), "{counts:?}");
-        assert_eq!((counts.attempted, counts.live), (nearly + 6, 6));
-        assert!(set.lock().kinds[0].attempted < 10, "what is over was moved out");
-
-        drop((first, members));
-        set.end(End::Completed);
-        let counts = registry.snapshot().totals;
-        assert!(counts.is_exact(), "{counts:?}");
-        assert_eq!((counts.attempted, counts.aborted, counts.live), (nearly + 6, 6, 0));
     }
 
     #[test]

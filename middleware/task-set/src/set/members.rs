@@ -172,10 +172,6 @@ impl Kinds {
     pub(super) fn iter(&self) -> impl Iterator<Item = &Kind> {
         iter::once(&self.first).chain(&self.others)
     }
-
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Kind> {
-        iter::once(&mut self.first).chain(&mut self.others)
-    }
 }
 
 impl Index<u16> for Kinds {
@@ -648,24 +644,15 @@ impl Inner {
         (self.end, self.shut) = (Some(end), true);
     }
 
-    /// Takes a task in: its slot, generation and kind, and whether its counts are to be moved out.
+    /// Takes a task in: its slot, generation and kind.
     #[expect(clippy::inline_always, reason = "in one of two places, for each spawn")]
     #[inline(always)]
-    pub(super) fn take_in(&mut self, plan: &Plan<'_>, since: u32) -> (u32, u16, u16, bool) {
-        let (kind, full) = self.count_in(plan);
+    pub(super) fn take_in(&mut self, plan: &Plan<'_>, since: u32) -> (u32, u16, u16) {
+        let kind = self.kind(plan);
+        self.kinds[kind].attempted += 1;
         self.live += 1;
         let (slot, generation) = self.take_slot(kind, since);
-        (slot, generation, kind, full)
-    }
-
-    #[expect(clippy::inline_always, reason = "as above")]
-    #[inline(always)]
-    fn count_in(&mut self, plan: &Plan<'_>) -> (u16, bool) {
-        if self.kinds.first.is(plan.name, plan.site) {
-            return (0, self.kinds.first.begin());
-        }
-        let kind = self.other_kind(plan);
-        (kind, self.kinds[kind].begin())
+        (slot, generation, kind)
     }
 
     /// Counts the task in this slot as ended.

@@ -67,7 +67,7 @@ impl Reading {
 
 /// What the counts say. If that is not how many live together, the first kind shows it.
 fn live_by_kind(kinds: &[Kind], all: u64) -> Vec<u64> {
-    let mut live: Vec<_> = kinds.iter().map(|kind| u64::from(kind.live())).collect();
+    let mut live: Vec<_> = kinds.iter().map(Kind::live).collect();
     let others: u64 = live.iter().skip(1).sum();
     if let Some(first) = live.first_mut() {
         *first = all.saturating_sub(others);
