@@ -115,7 +115,8 @@ pub(crate) fn current() -> Option<Arc<Set>> {
 #[inline(never)]
 fn make() -> Option<Arc<Set>> {
     // May be the code of others, who may ask for the set too.
-    let context = RequestContext::current();
+    let context =
+        if Scope::is_nowhere() { RequestContext::new() } else { RequestContext::current() };
     let set = HERE.with(|here| {
         let current = match here.take() {
             Current::Unasked(layer) => Current::Set(Set::new(layer, context), JUST_MADE),

@@ -263,6 +263,7 @@ impl Set {
         self.runtime.as_ref().or_else(|| self.late_runtime.get())
     }
 
+    #[inline]
     fn lock(&self) -> MutexGuard<'_, Inner> {
         lock(&self.inner)
     }
@@ -298,7 +299,8 @@ impl Set {
     // Not inlined: it is the half of a spawn that does not depend on the future's type.
     #[inline(never)]
     pub(crate) fn admit(self: &Arc<Self>, plan: &Plan<'_>) -> Result<Ticket, Refusal> {
-        if let Some(ticket) = self.admit_plainly(plan) {
+        let ticket = if plan.is_plain() { self.admit_plainly(plan.name, plan.site) } else { None };
+        if let Some(ticket) = ticket {
             return Ok(ticket);
         }
         let Some(runtime) = self.live_runtime() else {
@@ -309,22 +311,26 @@ impl Set {
 
     /// The same for the most common case, if it is one: code of the set's own spawns a task that
     /// has nothing of its own, while the set is open and has room.
-    #[inline]
-    fn admit_plainly(self: &Arc<Self>, plan: &Plan<'_>) -> Option<Ticket> {
+    #[expect(clippy::inline_always, reason = "the half of a spawn, with what it takes at hand")]
+    #[inline(always)]
+    pub(crate) fn admit_plainly(
+        self: &Arc<Self>,
+        name: &'static str,
+        site: &'static Location<'static>,
+    ) -> Option<Ticket> {
         // Its own code runs, so its runtime does.
         let here = place::slot_of(self)?;
         let marks = self.marks();
-        let is_plain = marks & CARE == 0 && plan.is_plain();
-        if !is_plain || Limits::are_here() || Scope::is_elsewhere(&self.context) {
+        if marks & CARE != 0 || Limits::are_here() || Scope::is_elsewhere(&self.context) {
             return None;
         }
         if marks & CONTEXT != 0 && self.wants_spans() {
             return None;
         }
-        let mut inner = self.lock();
+        let mut inner = lock(&self.inner);
         let mut taken = None;
         if inner.is_open() && self.has_room(&inner, marks) {
-            taken = Some(inner.take_in(plan, since(Some(here))));
+            taken = Some(inner.take_in(name, site, since(Some(here))));
         }
         // In one place, or this is a call.
         drop(inner);
@@ -400,7 +406,7 @@ impl Set {
                 return Err(refusal);
             }
         };
-        let (slot, generation, kind) = inner.take_in(plan, since);
+        let (slot, generation, kind) = inner.take_in(plan.name, plan.site, since);
         let has_home = home.is_some() || self.config().observer.is_some();
         if plan.has_choices() || lifetime.is_some() || has_home {
             self.enter_with(inner, plan, runtime, slot, lifetime, home);
@@ -593,7 +599,7 @@ impl Set {
             self.owner().refuse_late(self.place, plan.name);
             return Refusal::Because(reason);
         }
-        let kind = inner.kind(plan);
+        let kind = inner.kind(plan.name, plan.site);
         let count = &mut inner.kinds[kind];
         count.attempted += 1;
         count.refused += 1;

@@ -75,16 +75,16 @@ impl TaskSet {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let plan = Plan::new(name, Location::caller());
+        let site = Location::caller();
         let other;
-        let (set, ticket) = match self.0.admit(&plan) {
-            Ok(ticket) => (&self.0, ticket),
-            Err(refusal) => match admit_elsewhere(&self.0, &plan, refusal) {
+        let (set, ticket) = match self.0.admit_plainly(name, site) {
+            Some(ticket) => (&self.0, ticket),
+            None => match self.admit(&Plan::new(name, site)) {
                 Ok((set, ticket)) => {
                     other = set;
                     (&other, ticket)
                 }
-                Err(refusal) => return Err(Refused { reason: refusal.reason(), future }),
+                Err(reason) => return Err(Refused { reason, future }),
             },
         };
         Ok(set.spawn(ticket, ticket.track(set, future)))

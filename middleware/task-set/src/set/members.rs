@@ -24,7 +24,6 @@ use crate::{
     stop::Stop,
     sync::Notify,
     task::Order,
-    task_set::Plan,
 };
 
 // In this order, so that a spawn and an end meet at few cache lines.
@@ -600,8 +599,8 @@ impl Inner {
     }
 
     #[inline]
-    pub(super) fn kind(&mut self, plan: &Plan<'_>) -> u16 {
-        if self.kinds.first.is(plan.name, plan.site) { 0 } else { self.other_kind(plan) }
+    pub(super) fn kind(&mut self, name: &'static str, site: &'static Location<'static>) -> u16 {
+        if self.kinds.first.is(name, site) { 0 } else { self.other_kind(name, site) }
     }
 
     /// Whether all that is asked for is given: the response goes on, and nobody was told anything.
@@ -647,8 +646,13 @@ impl Inner {
     /// Takes a task in: its slot, generation and kind.
     #[expect(clippy::inline_always, reason = "in one of two places, for each spawn")]
     #[inline(always)]
-    pub(super) fn take_in(&mut self, plan: &Plan<'_>, since: u32) -> (u32, u16, u16) {
-        let kind = self.kind(plan);
+    pub(super) fn take_in(
+        &mut self,
+        name: &'static str,
+        site: &'static Location<'static>,
+        since: u32,
+    ) -> (u32, u16, u16) {
+        let kind = self.kind(name, site);
         self.kinds[kind].attempted += 1;
         self.live += 1;
         let (slot, generation) = self.take_slot(kind, since);
@@ -735,37 +739,37 @@ impl Inner {
     }
 
     #[inline(never)]
-    fn other_kind(&mut self, plan: &Plan<'_>) -> u16 {
+    fn other_kind(&mut self, name: &'static str, site: &'static Location<'static>) -> u16 {
         let Kinds { first, others } = &mut self.kinds;
         if first.is_unused() {
-            *first = Kind::new(plan.name, plan.site);
+            *first = Kind::new(name, site);
             return 0;
         }
         let index = self.rare.as_ref().and_then(|rare| rare.index.as_ref());
         let found = match index {
-            None => others.iter().position(|kind| kind.is(plan.name, plan.site)),
-            Some(index) => index.get(&address(plan.name, plan.site)).copied(),
+            None => others.iter().position(|kind| kind.is(name, site)),
+            Some(index) => index.get(&address(name, site)).copied(),
         };
-        let place = found.unwrap_or_else(|| self.add_kind(plan));
+        let place = found.unwrap_or_else(|| self.add_kind(name, site));
         // There are less than `FREE`.
         u16::try_from(1 + place).unwrap_or(FREE - 1)
     }
 
     /// Its place among the others.
     #[cold]
-    fn add_kind(&mut self, plan: &Plan<'_>) -> usize {
+    fn add_kind(&mut self, name: &'static str, site: &'static Location<'static>) -> usize {
         let others = &mut self.kinds.others;
         if others.len() == KINDS_MAX {
             return KINDS_MAX - 1;
         }
         let is_last = others.len() == KINDS_MAX - 1;
-        others.push(Kind::new(if is_last { OTHER } else { plan.name }, plan.site));
+        others.push(Kind::new(if is_last { OTHER } else { name }, site));
         if others.len() >= KINDS_LISTED {
             let index = self.rare.get_or_insert_default().index.get_or_insert_with(|| {
                 let listed = others.iter().enumerate();
                 listed.map(|(at, kind)| (address(kind.name, kind.site), at)).collect()
             });
-            index.insert(address(plan.name, plan.site), others.len() - 1);
+            index.insert(address(name, site), others.len() - 1);
         }
         others.len() - 1
     }
