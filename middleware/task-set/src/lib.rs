@@ -343,7 +343,7 @@ impl<S, P> Layer<S> for TaskSetLayer<P> {
     type Service = WithTaskSet<S, P>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        WithTaskSet { inner, layer: self.clone() }
+        WithTaskSet { inner, layer: Arc::new(self.clone()) }
     }
 }
 
@@ -351,7 +351,8 @@ impl<S, P> Layer<S> for TaskSetLayer<P> {
 #[derive(Debug)]
 pub struct WithTaskSet<S, P = Http> {
     inner: S,
-    layer: TaskSetLayer<P>,
+    // In one, for servers clone a service for each request.
+    layer: Arc<TaskSetLayer<P>>,
 }
 
 impl<S, P> WithTaskSet<S, P> {
