@@ -45,10 +45,10 @@ pub(super) struct Inner {
     ticks_used: u8,
     pub(super) held_end: Option<End>,
     pub(super) rare: Option<Box<Rare>>,
-    pub(super) kinds: Kinds,
     pub(super) tasks: SmallVec<[Entry; 4]>,
     /// What only some tasks have.
     pub(super) extras: Extras,
+    pub(super) kinds: Kinds,
     /// What the clock showed when it was last looked at.
     ticks: u32,
     pub(super) holds: u32,
@@ -145,6 +145,7 @@ const ENTRIES_KEPT: usize = 64;
 
 /// The kinds of a set's tasks. The first lies apart, where a spawn and an end need not look for it:
 /// most sets have no other.
+#[repr(C)]
 pub(super) struct Kinds {
     /// [Unused](Kind::is_unused) until there is one.
     first: Kind,
