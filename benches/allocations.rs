@@ -102,6 +102,16 @@ fn steady<T: Task>(
     result
 }
 
+/// How many allocations so many tasks may cost a request: one each and one more, and beyond four one
+/// for each doubling.
+fn most(tasks: usize) -> f64 {
+    match tasks {
+        0 => 0.0,
+        1..=4 => tasks as f64 + 1.0,
+        _ => tasks as f64 + 1.0 + (tasks as f64 / 4.0).log2().ceil(),
+    }
+}
+
 fn per_request(budgets: &mut Budgets) {
     let counts = [0, 1, 3, 4, 8, 64, 1000];
     let mut rows = Vec::new();
@@ -111,12 +121,7 @@ fn per_request(budgets: &mut Budgets) {
             let (allocations, bytes) = steady(way, tasks, wait_once);
             row.push(format!("{} / {}", shortest(allocations), grouped(bytes)));
             if way == "ours" || way == "ours + limit" {
-                let most = match tasks {
-                    0 => 0.0,
-                    1..=4 => tasks as f64 + 1.0,
-                    // One more for each doubling.
-                    _ => tasks as f64 + 1.0 + (tasks as f64 / 4.0).log2().ceil(),
-                };
+                let most = most(tasks);
                 let what = format!("{way}: allocations of a request, {tasks} tasks that");
                 budgets.most(&format!("{what} wait"), allocations, most, 0);
                 if tasks > 0 {
@@ -126,9 +131,16 @@ fn per_request(budgets: &mut Budgets) {
             }
         }
         if way == "ours + timeout" || way == "ours, graceful" {
-            let without = steady("ours", 1000, wait_once).0;
-            let more = (steady(way, 1000, wait_once).0 - without) / 1000.0;
-            budgets.most(&format!("{way}: allocations more for each task"), more, 1.0, 2);
+            // One for each, in a list that grows as that of all tasks does.
+            for tasks in [8, 64, 1000] {
+                let more = steady(way, tasks, wait_once).0 - steady("ours", tasks, wait_once).0;
+                budgets.most(
+                    &format!("{way}: allocations more, {tasks} tasks"),
+                    more,
+                    most(tasks),
+                    0,
+                );
+            }
         }
         rows.push(row);
     }

@@ -430,7 +430,7 @@ impl Set {
         let extra = self.new_extra(&inner, plan, runtime, slot, lifetime, home);
         let keys = [extra.timeout_key, extra.lifetime.and_then(|lifetime| lifetime.key)];
         let far_timeout = extra.timeout.filter(|_| extra.timeout_key.is_none());
-        inner.extras.add(slot, extra);
+        inner.add_extra(slot, extra);
         let put_off = mem::replace(&mut inner.watch, Watch::Needed) == Watch::PutOff;
         let far = put_off | far_timeout.is_some_and(|at| inner.expect_timeout(at));
         drop(inner);
@@ -542,7 +542,7 @@ impl Set {
         if inner.is_told(parent) {
             return Err(SpawnError::Closed);
         }
-        let own = inner.extras.get(parent).and_then(|extra| extra.lifetime);
+        let own = inner.extra(parent).and_then(|extra| extra.lifetime);
         let lifetime = match (plan.policy(), own.or(inner.lifetime)) {
             (Some(policy), Some(parent)) => Some(parent.of_child(policy.get(end))?),
             // It lives as its parent does, or as all others do.
@@ -698,9 +698,7 @@ impl Set {
         let waker = waker.clone();
         let mut inner = self.lock();
         let put_off = mem::replace(&mut inner.watch, Watch::Needed) == Watch::PutOff;
-        if inner.tasks[slot as usize].since == NOT_YET {
-            inner.tasks[slot as usize].since = inner.ticks(self.born);
-        }
+        inner.awaits(slot, self.born);
         let order = inner.order(slot);
         let unneeded = match order {
             None => inner.tasks[slot as usize].waker.replace(waker),
@@ -764,7 +762,7 @@ impl Set {
         if is_shutdown && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
             inner.note_forced(slot, self.born, outcome);
         }
-        if !inner.extras.is_empty() {
+        if !inner.has_no_extras() {
             inner.remove_extra(slot).into_iter().for_each(|key| self.forget(key));
         }
         let waker = inner.count_out(slot, outcome);
@@ -784,7 +782,7 @@ impl Set {
     #[inline(never)]
     fn part(&self, slot: u32, outcome: Outcome) {
         let mut inner = self.lock();
-        let Some(extra) = inner.extras.get_mut(slot) else { return };
+        let Some(extra) = inner.extra_mut(slot) else { return };
         let (home, started) = (extra.home.take(), extra.started);
         drop(inner);
         // An observer, values and a span: the code of others.
@@ -890,7 +888,7 @@ impl Set {
             }
             inner.lifetime = Some(lifetime);
         }
-        for (slot, extra) in inner.extras.iter_mut() {
+        for (slot, extra) in inner.extras_mut() {
             let Some(policy) = &extra.policy else {
                 if all && extra.stop.is_some() {
                     self.tell(slot, extra, order, &mut news);
@@ -985,7 +983,7 @@ impl Set {
     #[cold]
     pub(crate) fn panicked(self: &Arc<Self>, slot: u32, panic: &Panic) {
         let mut inner = self.lock();
-        let own = inner.extras.get(slot).and_then(|extra| extra.on_panic);
+        let own = inner.extra(slot).and_then(|extra| extra.on_panic);
         match own.or(self.policy(&inner).for_panic()).unwrap_or_default() {
             OnPanic::CancelSiblings if !self.own => {
                 drop(inner);
@@ -1065,7 +1063,7 @@ impl Set {
             }
             Who::Task(slot) => {
                 let was_told = inner.is_told(slot);
-                let Some(extra) = inner.extras.get_mut(slot) else { return };
+                let Some(extra) = inner.extra_mut(slot) else { return };
                 if extra.timeout_key == Some(key) {
                     (extra.timeout, extra.timeout_key) = (None, None);
                     if was_told {
@@ -1092,7 +1090,7 @@ impl Set {
 
     #[cfg(all(test, loom))]
     pub(crate) fn set_timeout(&self, slot: u32, key: Key) {
-        self.lock().extras.of(slot).timeout_key = Some(key);
+        self.lock().extra_of(slot).timeout_key = Some(key);
     }
 
     /// Tells one task to end.
@@ -1102,7 +1100,7 @@ impl Set {
         // What it was told first counts.
         if entry.kind != FREE && entry.generation == generation && !inner.is_told(slot) {
             let mut news = News::default();
-            let extra = inner.extras.of(slot);
+            let extra = inner.extra_of(slot);
             self.tell(slot, extra, Order::Cancel(cause), &mut news);
             self.spread_to(inner, slot, news);
         }
@@ -1126,7 +1124,7 @@ impl Set {
         let mut news = News::default();
         self.tell_all(&mut inner, Order::Cancel(cause), &mut news, |_| true);
         if abort {
-            inner.extras.iter_mut().for_each(|(_, extra)| extra.end_grace());
+            inner.extras_mut().for_each(|(_, extra)| extra.end_grace());
         }
         // Here, so that whoever finds it cancelled under the lock sees it.
         self.mark_orders();
@@ -1147,7 +1145,7 @@ impl Set {
     ) {
         inner.order.get_or_insert(order);
         news.told = true;
-        for (slot, extra) in inner.extras.iter_mut() {
+        for (slot, extra) in inner.extras_mut() {
             if extra.is_told_alone() && which(extra) {
                 self.tell(slot, extra, order, news);
             }

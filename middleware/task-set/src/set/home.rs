@@ -138,7 +138,7 @@ impl Set {
     #[inline(never)]
     pub(crate) fn enter_home(&self, slot: u32, has_home: bool, away: &mut Option<Away>) {
         if has_home {
-            let home = self.lock().extras.get_mut(slot).and_then(|extra| extra.home.take());
+            let home = self.lock().extra_mut(slot).and_then(|extra| extra.home.take());
             if let Some(mut home) = home {
                 let scope = std::mem::take(&mut home.scope);
                 away.insert(Away { scope, limits: None, home: Some(home) }).enter();
@@ -168,7 +168,7 @@ impl Set {
         }
         let mut home = home.unwrap_or_default();
         home.scope = scope;
-        self.lock().extras.of(slot).home = Some(home);
+        self.lock().extra_of(slot).home = Some(home);
         true
     }
 
@@ -180,7 +180,7 @@ impl Set {
         let inherits = self.context.inherits();
         if inherits {
             let home = Box::new(Home { scope, ..Home::default() });
-            self.lock().extras.of(slot).home = Some(home);
+            self.lock().extra_of(slot).home = Some(home);
         }
         inherits
     }
@@ -209,7 +209,7 @@ impl Set {
         self.enter_home(slot, has_home, &mut away);
         Level::leave(level);
         if let Some(Away { home: Some(home), .. }) = away {
-            self.lock().extras.of(slot).home = Some(home);
+            self.lock().extra_of(slot).home = Some(home);
         }
         true
     }
@@ -227,7 +227,7 @@ impl Set {
 
     #[inline(never)]
     fn leave_home_to_drop(&self, slot: u32) {
-        let home = self.lock().extras.get_mut(slot).and_then(|extra| extra.home.take());
+        let home = self.lock().extra_mut(slot).and_then(|extra| extra.home.take());
         if let Some(home) = &home {
             home.leave_span();
             Limits::default().leave();
@@ -250,7 +250,7 @@ pub(crate) fn current_task(context: &RequestContext) -> Option<(RequestContext, 
     }
     let (name, site) = set.name_and_site(slot);
     let inner = set.lock();
-    let own = inner.extras.get(slot).and_then(|extra| extra.policy.as_ref());
+    let own = inner.extra(slot).and_then(|extra| extra.policy.as_ref());
     let task = Task::new(name, site).kept(set.is_kept(&inner, own));
     Some((set.context.clone(), task))
 }

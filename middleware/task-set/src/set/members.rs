@@ -46,8 +46,8 @@ pub(super) struct Inner {
     pub(super) held_end: Option<End>,
     pub(super) rare: Option<Box<Rare>>,
     pub(super) tasks: SmallVec<[Entry; 4]>,
-    /// What only some tasks have.
-    pub(super) extras: Extras,
+    /// What only some tasks have, and of which: in no order, and found by their entries.
+    extras: Vec<(u32, Extra)>,
     pub(super) kinds: Kinds,
     /// What the clock showed when it was last looked at.
     ticks: u32,
@@ -121,27 +121,32 @@ pub(super) enum Stage {
 pub(super) struct Entry {
     /// Registered at the first await, taken out when the task is told something.
     pub(super) waker: Option<Waker>,
-    /// When it first awaited, or 0 if it is as old as its set: in ticks since that was made.
-    pub(super) since: u32,
+    /// When it first awaited, or 0 if it is as old as its set: in ticks since that was made. Of a
+    /// task that has an [`Extra`] it is there, and here is [where](PLACED) that is.
+    since: u32,
     pub(super) kind: u16,
     /// Which of the tasks that come to be in this place one after another.
     pub(super) generation: u16,
 }
 
-/// Of `Entry::since`: in a second, so that it lasts for two years.
+/// Of `Entry::since`: in a second, so that it lasts for a year.
 pub(super) const TICKS: u32 = 64;
 /// As `Entry::kind`: nobody is here.
 pub(super) const FREE: u16 = u16::MAX;
 /// As `Entry::since`: it has not awaited yet.
-pub(super) const NOT_YET: u32 = u32::MAX;
+pub(super) const NOT_YET: u32 = PLACED - 1;
+/// A bit of `Entry::since`: the others are the place of its `Extra`.
+const PLACED: u32 = 1 << 31;
 /// So many kinds besides the first a set tells apart; what is more is counted as the last of them.
 const KINDS_MAX: usize = FREE as usize - 1;
 /// So many kinds are looked through one by one.
 const KINDS_LISTED: usize = 16;
-/// As an index of an entry: none is free.
-pub(super) const NONE: u32 = u32::MAX;
+/// As an index of an entry: none is free. A million tasks are some 300 MB: there are no 2 billion.
+pub(super) const NONE: u32 = PLACED - 1;
 /// So many are kept for the next set, some 1.5 kB: its request may be a long one with few tasks.
 const ENTRIES_KEPT: usize = 64;
+/// As `ENTRIES_KEPT`: some 2 kB.
+const EXTRAS_KEPT: usize = 8;
 
 /// The kinds of a set's tasks. The first lies apart, where a spawn and an end need not look for it:
 /// most sets have no other.
@@ -199,6 +204,8 @@ impl IndexMut<u16> for Kinds {
 /// What is known of a task beyond its entry.
 #[derive(Default)]
 pub(super) struct Extra {
+    /// Instead of that of its entry.
+    pub(super) since: u32,
     /// Its own choices; with these it has a lifetime of its own.
     pub(super) policy: Option<Policy>,
     pub(super) on_panic: Option<OnPanic>,
@@ -238,101 +245,6 @@ impl Extra {
         if let Some(told) = self.told {
             self.order.get_or_insert(told.after_grace());
         }
-    }
-}
-
-/// The [`Extra`]s of those tasks that have one: one after another in no order, and found by their
-/// slot.
-#[derive(Default)]
-pub(super) struct Extras {
-    list: Vec<(u32, Extra)>,
-    /// Where they are in the list, by slot. None while these are few: they are looked through.
-    places: Vec<u32>,
-}
-
-impl Extras {
-    /// So many are looked through one by one.
-    const FEW: usize = 8;
-
-    #[inline]
-    pub(super) fn is_empty(&self) -> bool {
-        self.list.is_empty()
-    }
-
-    #[inline]
-    fn find(&self, slot: u32) -> Option<usize> {
-        if self.list.is_empty() { None } else { self.search(slot) }
-    }
-
-    #[inline(never)]
-    fn search(&self, slot: u32) -> Option<usize> {
-        if self.places.is_empty() {
-            return self.list.iter().position(|(other, _)| *other == slot);
-        }
-        let place = *self.places.get(slot as usize)?;
-        (place != NONE).then_some(place as usize)
-    }
-
-    pub(super) fn get(&self, slot: u32) -> Option<&Extra> {
-        self.find(slot).map(|place| &self.list[place].1)
-    }
-
-    pub(super) fn get_mut(&mut self, slot: u32) -> Option<&mut Extra> {
-        self.find(slot).map(|place| &mut self.list[place].1)
-    }
-
-    /// That of the task in this slot, which has one from now on.
-    pub(super) fn of(&mut self, slot: u32) -> &mut Extra {
-        let place = match self.find(slot) {
-            Some(place) => place,
-            None => self.add(slot, Extra::default()),
-        };
-        &mut self.list[place].1
-    }
-
-    /// Where it is now. The task has none yet.
-    pub(super) fn add(&mut self, slot: u32, extra: Extra) -> usize {
-        let place = self.list.len();
-        self.list.push((slot, extra));
-        if !self.places.is_empty() {
-            self.note(place);
-        } else if place >= Self::FEW {
-            self.places.reserve(self.list.capacity());
-            (0..=place).for_each(|place| self.note(place));
-        }
-        place
-    }
-
-    pub(super) fn remove(&mut self, slot: u32) -> Option<Extra> {
-        let place = self.find(slot)?;
-        let (_, extra) = self.list.swap_remove(place);
-        if let Some(old) = self.places.get_mut(slot as usize) {
-            *old = NONE;
-            if place < self.list.len() {
-                self.note(place);
-            }
-        }
-        Some(extra)
-    }
-
-    /// Begins anew, when no task has one. It keeps the memory of a few, some 2 kB.
-    fn renew(&mut self) {
-        if self.list.capacity() > Self::FEW || self.places.capacity() > 0 {
-            *self = Self::default();
-        }
-    }
-
-    fn note(&mut self, place: usize) {
-        let slot = self.list[place].0 as usize;
-        if self.places.len() <= slot {
-            self.places.resize(slot + 1, NONE);
-        }
-        // There are no more than `u32::MAX`.
-        self.places[slot] = u32::try_from(place).unwrap_or(NONE);
-    }
-
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut Extra)> {
-        self.list.iter_mut().map(|(slot, extra)| (*slot, extra))
     }
 }
 
@@ -394,7 +306,7 @@ impl Default for Inner {
             live: 0,
             ticks: 0,
             ticks_used: 0,
-            extras: Extras::default(),
+            extras: Vec::new(),
             next_timeout: None,
             end: None,
             closed: false,
@@ -468,7 +380,9 @@ impl Inner {
             *free = NONE;
         }
         kinds.clear();
-        extras.renew();
+        if extras.capacity() > EXTRAS_KEPT {
+            *extras = Vec::new();
+        }
         *closed = false;
         *cancelled = false;
         *shut = false;
@@ -539,7 +453,7 @@ impl Inner {
 
     /// What the task in this slot is to do at its next await.
     pub(super) fn order(&self, slot: u32) -> Option<Order> {
-        match self.extras.get(slot) {
+        match self.extra(slot) {
             Some(extra) if extra.is_told_alone() => extra.order,
             _ => self.order,
         }
@@ -549,7 +463,7 @@ impl Inner {
     #[cold]
     #[inline(never)]
     pub(super) fn note_forced(&mut self, slot: u32, born: Instant, outcome: Outcome) {
-        let extra = self.extras.get(slot);
+        let extra = self.extra(slot);
         let told = match extra {
             Some(extra) if extra.is_told_alone() => extra.told.or(extra.order),
             _ => self.order,
@@ -562,7 +476,7 @@ impl Inner {
         let task = ForcedTask {
             name: kind.name,
             site: kind.site,
-            age: born.elapsed().saturating_sub(in_ticks(entry.since)),
+            age: born.elapsed().saturating_sub(in_ticks(self.since(slot))),
             trace_id: extra.and_then(|extra| extra.trace_id),
             outcome,
         };
@@ -571,8 +485,7 @@ impl Inner {
 
     /// Whether the task in this slot was told to end, be it that it may still go on.
     pub(super) fn is_told(&self, slot: u32) -> bool {
-        self.order(slot).is_some()
-            || self.extras.get(slot).is_some_and(|extra| extra.told.is_some())
+        self.order(slot).is_some() || self.extra(slot).is_some_and(|extra| extra.told.is_some())
     }
 
     /// Takes no task any more, for the registry has another set. Whether it is over.
@@ -679,9 +592,82 @@ impl Inner {
         self.cancelled || self.rare.is_some() || !self.extras.is_empty()
     }
 
+    /// Whether no task has more than its entry.
+    pub(super) fn has_no_extras(&self) -> bool {
+        self.extras.is_empty()
+    }
+
+    #[inline]
+    fn place(&self, slot: u32) -> Option<usize> {
+        let since = self.tasks[slot as usize].since;
+        (since & PLACED != 0).then_some((since & !PLACED) as usize)
+    }
+
+    pub(super) fn extra(&self, slot: u32) -> Option<&Extra> {
+        self.place(slot).map(|place| &self.extras[place].1)
+    }
+
+    pub(super) fn extra_mut(&mut self, slot: u32) -> Option<&mut Extra> {
+        self.place(slot).map(|place| &mut self.extras[place].1)
+    }
+
+    /// That of the task in this slot, which has one from now on.
+    pub(super) fn extra_of(&mut self, slot: u32) -> &mut Extra {
+        let place = match self.place(slot) {
+            Some(place) => place,
+            None => self.add_extra(slot, Extra::default()),
+        };
+        &mut self.extras[place].1
+    }
+
+    /// Where it is now. The task has none yet.
+    pub(super) fn add_extra(&mut self, slot: u32, mut extra: Extra) -> usize {
+        extra.since = self.tasks[slot as usize].since;
+        self.extras.push((slot, extra));
+        self.note_place(self.extras.len() - 1);
+        self.extras.len() - 1
+    }
+
+    pub(super) fn extras_mut(&mut self) -> impl Iterator<Item = (u32, &mut Extra)> {
+        self.extras.iter_mut().map(|(slot, extra)| (*slot, extra))
+    }
+
+    fn take_extra(&mut self, slot: u32) -> Option<Extra> {
+        let place = self.place(slot)?;
+        let (_, extra) = self.extras.swap_remove(place);
+        self.tasks[slot as usize].since = extra.since;
+        if place < self.extras.len() {
+            self.note_place(place);
+        }
+        Some(extra)
+    }
+
+    fn note_place(&mut self, place: usize) {
+        let slot = self.extras[place].0;
+        // There are no more than entries.
+        self.tasks[slot as usize].since = PLACED | u32::try_from(place).unwrap_or(NONE);
+    }
+
+    /// As `Entry::since`, wherever it is.
+    pub(super) fn since(&self, slot: u32) -> u32 {
+        self.extra(slot).map_or(self.tasks[slot as usize].since, |extra| extra.since)
+    }
+
+    /// The task has come to an await.
+    #[inline]
+    pub(super) fn awaits(&mut self, slot: u32, born: Instant) {
+        if self.since(slot) == NOT_YET {
+            let ticks = self.ticks(born);
+            match self.place(slot) {
+                None => self.tasks[slot as usize].since = ticks,
+                Some(place) => self.extras[place].1.since = ticks,
+            }
+        }
+    }
+
     /// Forgets what is known of this task beyond its entry, and what of that is noted.
     pub(super) fn remove_extra(&mut self, slot: u32) -> [Option<Key>; 3] {
-        let extra = self.extras.remove(slot);
+        let extra = self.take_extra(slot);
         if self.extras.is_empty() {
             self.next_timeout = None;
         }
@@ -707,7 +693,7 @@ impl Inner {
             return 0;
         }
         self.next_timeout = None;
-        self.extras.list.len()
+        self.extras.len()
     }
 
     /// Looks through some of the extras before `end`, and notes the timeouts that are near. Where to
@@ -721,12 +707,12 @@ impl Inner {
     ) -> usize {
         /// So many under one lock.
         const PART: usize = 1024;
-        let end = end.min(self.extras.list.len());
+        let end = end.min(self.extras.len());
         let begin = end.saturating_sub(PART);
-        for (slot, extra) in self.extras.iter_mut().skip(begin).take(end - begin) {
+        for (slot, extra) in &mut self.extras[begin..end] {
             let Some(at) = extra.timeout.filter(|_| extra.timeout_key.is_none()) else { continue };
             if at <= horizon {
-                extra.timeout_key = note(at, slot);
+                extra.timeout_key = note(at, *slot);
             } else {
                 self.next_timeout = self.next_timeout.into_iter().chain([at]).min();
             }
@@ -778,13 +764,13 @@ impl Inner {
     /// How old the set is. A look at the clock costs as much as all else of a wait, so of many
     /// tasks only one in eight takes it.
     #[inline]
-    pub(super) fn ticks(&mut self, born: Instant) -> u32 {
+    fn ticks(&mut self, born: Instant) -> u32 {
         self.ticks_used += 1;
         if self.ticks_used >= 8 || self.live <= 8 {
             let age = born.elapsed();
             let ticks = u64::from(age.subsec_nanos() / (1_000_000_000 / TICKS));
             let ticks = age.as_secs().saturating_mul(TICKS.into()).saturating_add(ticks);
-            self.ticks = u32::try_from(ticks).unwrap_or(NOT_YET - 1);
+            self.ticks = u32::try_from(ticks).unwrap_or(NOT_YET).min(NOT_YET - 1);
             self.ticks_used = 0;
         }
         self.ticks
@@ -876,24 +862,28 @@ mod tests {
         fn what_is_known_of_a_task_is_found_by_its_slot(
             steps in prop::collection::vec((0..24_u32, any::<bool>()), 0..200),
         ) {
-            let (mut extras, mut oracle) = (Extras::default(), BTreeMap::new());
+            let (mut inner, mut oracle) = (Inner::default(), BTreeMap::new());
+            for slot in 0..24 {
+                prop_assert_eq!(inner.take_slot(0, slot), (slot, 0));
+            }
             for (n, (slot, adds)) in steps.into_iter().enumerate() {
                 let grace = Some(Duration::from_secs(n as u64));
                 if adds {
-                    extras.of(slot).grace = grace;
+                    inner.extra_of(slot).grace = grace;
                     oracle.insert(slot, grace);
                 } else {
-                    let removed = extras.remove(slot).map(|extra| extra.grace);
+                    let removed = inner.take_extra(slot).map(|extra| extra.grace);
                     prop_assert_eq!(removed, oracle.remove(&slot));
                 }
                 for slot in 0..24 {
-                    let found = extras.get(slot).map(|extra| extra.grace);
+                    let found = inner.extra(slot).map(|extra| extra.grace);
                     prop_assert_eq!(found, oracle.get(&slot).copied());
+                    prop_assert_eq!(inner.since(slot), slot);
                 }
                 let all: BTreeMap<_, _> =
-                    extras.iter_mut().map(|(slot, extra)| (slot, extra.grace)).collect();
+                    inner.extras_mut().map(|(slot, extra)| (slot, extra.grace)).collect();
                 prop_assert_eq!(&all, &oracle);
-                prop_assert_eq!(extras.is_empty(), oracle.is_empty());
+                prop_assert_eq!(inner.has_no_extras(), oracle.is_empty());
             }
         }
     }

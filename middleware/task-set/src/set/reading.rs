@@ -106,7 +106,7 @@ impl Set {
             if entry.kind == FREE {
                 continue;
             }
-            let extra = inner.extras.get(slot);
+            let extra = inner.extra(slot);
             let own = extra.filter(|extra| extra.has_own_lifetime());
             let lifetime = match own {
                 Some(own) => own.lifetime,
@@ -121,7 +121,7 @@ impl Set {
             };
             tasks.push(ReadTask {
                 kind: entry.kind,
-                since: entry.since,
+                since: inner.since(slot),
                 state,
                 at_end: lifetime.map_or(chosen, |lifetime| lifetime.at_end),
                 trace_id: extra.and_then(|extra| extra.trace_id),
