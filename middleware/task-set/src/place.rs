@@ -115,6 +115,7 @@ pub(crate) fn current() -> Option<Arc<Set>> {
 #[inline(never)]
 fn make() -> Option<Arc<Set>> {
     // May be the code of others, who may ask for the set too.
+    // Mostly there is none, and that is seen for less.
     let context =
         if Scope::is_nowhere() { RequestContext::new() } else { RequestContext::current() };
     let set = HERE.with(|here| {

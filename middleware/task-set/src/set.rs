@@ -276,13 +276,13 @@ impl Set {
         }
     }
 
-    /// It is over.
+    /// It [is over](Inner::is_over).
     #[inline(never)]
     fn retire(self: &Arc<Self>) {
         self.owner().retire(self);
     }
 
-    /// The same where no task lives, for who has the lock.
+    /// Settles it where no task lives, for who has the lock.
     #[inline(never)]
     fn settle_empty(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
         let idle = inner.rare.as_mut().and_then(|rare| rare.idle.take());
@@ -822,7 +822,7 @@ impl Set {
     /// The response is over. Its deadline waits for nobody who holds it.
     pub(crate) fn end(self: &Arc<Self>, end: End) {
         let mut inner = self.lock();
-        // The most have tasks, and these have a while, and there is nothing else.
+        // Most have tasks, which have a while, and nothing else.
         let chosen = self.config().policy.get(end).unwrap_or_default();
         let is_held = inner.holds > 0;
         if is_held || inner.live == 0 || !inner.is_plain() || !Lifetime::is_far(chosen) {
@@ -839,6 +839,7 @@ impl Set {
         drop(waker);
     }
 
+    /// The same, whatever there is.
     #[inline(never)]
     fn end_with_care(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, end: End) {
         if inner.end().is_some() {
@@ -1607,6 +1608,7 @@ mod tests {
         assert!(
             !set.is_gone() && set.poll_failed(&Context::from_waker(Waker::noop())).is_pending()
         );
+        assert!(second.snapshot().by_name.is_empty(), "it has had no task");
         let plan = Plan::new("another", Location::caller());
         let members = [(); 3].map(|()| set.enter(&plan, None).expect("no limit").member(&set));
         assert_eq!(set.policy(&set.lock()).get(End::Completed), None);
@@ -1623,6 +1625,13 @@ mod tests {
         drop(members);
         assert_eq!(second.snapshot().totals.aborted, 3);
         assert_eq!(second.sets_listed(), 0);
+        set.release();
+
+        let third = TaskRegistry::new();
+        let set = Set::new(third.config().clone(), RequestContext::new());
+        assert_eq!(Arc::as_ptr(&set), memory);
+        set.end(End::Completed);
+        assert_eq!((third.sets_listed(), third.snapshot().by_name.len()), (0, 0));
     }
 
     struct Woken;
