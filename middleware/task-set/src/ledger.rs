@@ -194,18 +194,26 @@ pub(crate) struct Kind {
     pub(crate) site: &'static Location<'static>,
     pub(crate) attempted: u64,
     pub(crate) refused: u64,
+    spawned: u64,
     ended: [u64; Outcome::COUNT],
 }
 
 impl Kind {
     pub(crate) const fn new(name: &'static str, site: &'static Location<'static>) -> Self {
-        Self { name, site, attempted: 0, refused: 0, ended: [0; Outcome::COUNT] }
+        Self { name, site, attempted: 0, refused: 0, spawned: 0, ended: [0; Outcome::COUNT] }
     }
 
     /// Names and sites by their address: a comparison of texts costs more than a slot, and here
     /// two of the same text do no harm.
     pub(crate) fn is(&self, name: &'static str, site: &'static Location<'static>) -> bool {
         std::ptr::eq(self.name, name) && std::ptr::eq(self.site, site)
+    }
+
+    /// A task of this kind begins.
+    #[inline]
+    pub(crate) fn begin(&mut self) {
+        self.attempted += 1;
+        self.spawned += 1;
     }
 
     pub(crate) fn end(&mut self, outcome: Outcome) {
@@ -217,13 +225,9 @@ impl Kind {
         self.attempted == 0
     }
 
-    const fn spawned(&self) -> u64 {
-        self.attempted - self.refused
-    }
-
     /// How many live, by the other counts.
     pub(crate) fn live(&self) -> u64 {
-        self.spawned().saturating_sub(self.ended.iter().sum())
+        self.spawned.saturating_sub(self.ended.iter().sum())
     }
 
     /// Adds what is over.
@@ -232,7 +236,7 @@ impl Kind {
         let ended = |outcome: Outcome| self.ended[outcome as usize];
         sum.attempted += self.attempted;
         sum.refused += self.refused;
-        sum.spawned += self.spawned();
+        sum.spawned += self.spawned;
         sum.completed += ended(Outcome::Completed);
         sum.cancelled += ended(Outcome::Cancelled);
         sum.aborted += ended(Outcome::Aborted);

@@ -84,7 +84,8 @@ impl Here {
     /// Where it was [taken](Self::take).
     #[inline]
     fn put(&self, current: Current) {
-        self.0.set(ManuallyDrop::new(current));
+        let nothing = self.0.replace(ManuallyDrop::new(current));
+        debug_assert!(matches!(*nothing, Current::Nothing));
     }
 
     /// No code of others may run in `f`: it would find nothing.

@@ -617,7 +617,7 @@ impl Owner {
         *lock(&self.shards[shard].0).base.of(name) += counts;
     }
 
-    /// Counts a set that is [over](Set::is_over), and lets go of it.
+    /// Counts a set that is over, and lets go of it.
     #[expect(clippy::inline_always, reason = "in one of two places, for each set")]
     #[inline(always)]
     pub(crate) fn retire(&self, set: &Arc<Set>) {

@@ -79,7 +79,7 @@ impl TaskSet {
         let other;
         let (set, ticket) = match self.0.admit_plainly(name, site) {
             Some(ticket) => (&self.0, ticket),
-            None => match self.admit(&Plan::new(name, site)) {
+            None => match self.admit_with_care(&Plan::new(name, site)) {
                 Ok((set, ticket)) => {
                     other = set;
                     (&other, ticket)
@@ -261,6 +261,14 @@ impl TaskSet {
 
     pub(crate) const fn new(set: Arc<Set>) -> Self {
         Self(set)
+    }
+
+    #[inline]
+    fn admit_with_care(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket), SpawnError> {
+        match self.0.admit_with_care(plan) {
+            Ok(ticket) => Ok((self.0.clone(), ticket)),
+            Err(refusal) => admit_elsewhere(&self.0, plan, refusal).map_err(Refusal::reason),
+        }
     }
 }
 

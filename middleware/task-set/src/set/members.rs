@@ -154,12 +154,12 @@ const EXTRAS_KEPT: usize = 8;
 pub(super) struct Kinds {
     /// [Unused](Kind::is_unused) until there is one.
     first: Kind,
-    others: SmallVec<[Kind; 3]>,
+    rest: SmallVec<[Kind; 3]>,
 }
 
 impl Default for Kinds {
     fn default() -> Self {
-        Self { first: Kind::new("", Location::caller()), others: SmallVec::new() }
+        Self { first: Kind::new("", Location::caller()), rest: SmallVec::new() }
     }
 }
 
@@ -168,14 +168,14 @@ impl Kinds {
     #[inline]
     fn clear(&mut self) {
         self.first = Kind::new(self.first.name, self.first.site);
-        self.others.clear();
-        if self.others.spilled() {
-            self.others = SmallVec::new();
+        self.rest.clear();
+        if self.rest.spilled() {
+            self.rest = SmallVec::new();
         }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Kind> {
-        iter::once(&self.first).chain(&self.others)
+        iter::once(&self.first).chain(&self.rest)
     }
 }
 
@@ -186,7 +186,7 @@ impl Index<u16> for Kinds {
     fn index(&self, kind: u16) -> &Kind {
         match usize::from(kind).checked_sub(1) {
             None => &self.first,
-            Some(place) => &self.others[place],
+            Some(place) => &self.rest[place],
         }
     }
 }
@@ -196,7 +196,7 @@ impl IndexMut<u16> for Kinds {
     fn index_mut(&mut self, kind: u16) -> &mut Kind {
         match usize::from(kind).checked_sub(1) {
             None => &mut self.first,
-            Some(place) => &mut self.others[place],
+            Some(place) => &mut self.rest[place],
         }
     }
 }
@@ -334,19 +334,20 @@ impl Inner {
         }
     }
 
-    /// Whether it has what is the code of others.
+    /// Whether it has what few sets have, and what is dropped is the code of others.
     #[inline]
-    pub(super) fn has_others(&self) -> bool {
+    pub(super) fn has_more(&self) -> bool {
         self.response.is_some() || self.rare.is_some()
     }
 
-    pub(super) fn take_others(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
+    pub(super) fn take_more(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
         (self.response.take(), self.rare.take())
     }
 
     /// As new, but for some memory, and the entries in that: no task lives, so all are free. It has
-    /// no [others](Self::has_others).
-    #[inline]
+    /// no [more](Self::has_more) than that.
+    #[expect(clippy::inline_always, reason = "in one of two places, for each set")]
+    #[inline(always)]
     pub(super) fn clear(&mut self) {
         // Each by its name, or one could be forgotten.
         let Self {
@@ -375,6 +376,7 @@ impl Inner {
             unreachable!("they were taken");
         };
         debug_assert_eq!((*live, *holds), (0, 0), "who is in it has it");
+        debug_assert!(extras.is_empty(), "nor has a task that lives no more any");
         if tasks.len() > ENTRIES_KEPT {
             *tasks = SmallVec::new();
             *free = NONE;
@@ -403,12 +405,12 @@ impl Inner {
     #[expect(clippy::inline_always, reason = "in one of two places, for each set")]
     #[inline(always)]
     pub(super) fn add_to(&self, base: &mut Base, trace_id: Option<TraceId>) {
-        let Kinds { first, others } = &self.kinds;
-        // Unused where the set had no task.
+        let Kinds { first, rest } = &self.kinds;
+        // Unused where nothing was attempted.
         if !first.is_unused() {
             first.add_to(base.of(first.name));
         }
-        for kind in others {
+        for kind in rest {
             kind.add_to(base.of(kind.name));
         }
         // They stay here as the counts do, for a snapshot that has found it listed.
@@ -530,7 +532,7 @@ impl Inner {
     /// Whether it is [open](Self::is_open), and all that is known of its tasks is in their entries.
     #[inline]
     pub(super) fn is_plain(&self) -> bool {
-        !self.shut && !self.is_involved()
+        self.is_open() && !self.is_involved()
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -567,7 +569,7 @@ impl Inner {
         since: u32,
     ) -> (u32, u16, u16) {
         let kind = self.kind(name, site);
-        self.kinds[kind].attempted += 1;
+        self.kinds[kind].begin();
         self.live += 1;
         let (slot, generation) = self.take_slot(kind, since);
         (slot, generation, kind)
@@ -658,9 +660,9 @@ impl Inner {
     pub(super) fn awaits(&mut self, slot: u32, born: Instant) {
         if self.since(slot) == NOT_YET {
             let ticks = self.ticks(born);
-            match self.place(slot) {
+            match self.extra_mut(slot) {
+                Some(extra) => extra.since = ticks,
                 None => self.tasks[slot as usize].since = ticks,
-                Some(place) => self.extras[place].1.since = ticks,
             }
         }
     }
@@ -727,14 +729,14 @@ impl Inner {
 
     #[inline(never)]
     fn other_kind(&mut self, name: &'static str, site: &'static Location<'static>) -> u16 {
-        let Kinds { first, others } = &mut self.kinds;
+        let Kinds { first, rest } = &mut self.kinds;
         if first.is_unused() {
             *first = Kind::new(name, site);
             return 0;
         }
         let index = self.rare.as_ref().and_then(|rare| rare.index.as_ref());
         let found = match index {
-            None => others.iter().position(|kind| kind.is(name, site)),
+            None => rest.iter().position(|kind| kind.is(name, site)),
             Some(index) => index.get(&address(name, site)).copied(),
         };
         let place = found.unwrap_or_else(|| self.add_kind(name, site));
@@ -742,23 +744,23 @@ impl Inner {
         u16::try_from(1 + place).unwrap_or(FREE - 1)
     }
 
-    /// Its place among the others.
+    /// Its place in the rest.
     #[cold]
     fn add_kind(&mut self, name: &'static str, site: &'static Location<'static>) -> usize {
-        let others = &mut self.kinds.others;
-        if others.len() == KINDS_MAX {
+        let rest = &mut self.kinds.rest;
+        if rest.len() == KINDS_MAX {
             return KINDS_MAX - 1;
         }
-        let is_last = others.len() == KINDS_MAX - 1;
-        others.push(Kind::new(if is_last { OTHER } else { name }, site));
-        if others.len() >= KINDS_LISTED {
+        let is_last = rest.len() == KINDS_MAX - 1;
+        rest.push(Kind::new(if is_last { OTHER } else { name }, site));
+        if rest.len() >= KINDS_LISTED {
             let index = self.rare.get_or_insert_default().index.get_or_insert_with(|| {
-                let listed = others.iter().enumerate();
+                let listed = rest.iter().enumerate();
                 listed.map(|(at, kind)| (address(kind.name, kind.site), at)).collect()
             });
-            index.insert(address(name, site), others.len() - 1);
+            index.insert(address(name, site), rest.len() - 1);
         }
-        others.len() - 1
+        rest.len() - 1
     }
 
     /// How old the set is. A look at the clock costs as much as all else of a wait, so of many
@@ -809,7 +811,7 @@ impl Inner {
             // its set.
             self.tasks.reserve(3 * self.tasks.len());
         }
-        // A million tasks are some 300 MB: there are no 4 billion.
+        // There are no more than `NONE`.
         let begin = u32::try_from(self.tasks.len()).unwrap_or(NONE);
         let more = (self.tasks.capacity() - self.tasks.len()).min(MOST);
         let free = |since| Entry { waker: None, since, kind: FREE, generation: 0 };
@@ -860,30 +862,47 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_known_of_a_task_is_found_by_its_slot(
-            steps in prop::collection::vec((0..24_u32, any::<bool>()), 0..200),
+            steps in prop::collection::vec((0..24_u32, 0..3), 0..200),
         ) {
-            let (mut inner, mut oracle) = (Inner::default(), BTreeMap::new());
-            for slot in 0..24 {
-                prop_assert_eq!(inner.take_slot(0, slot), (slot, 0));
-            }
-            for (n, (slot, adds)) in steps.into_iter().enumerate() {
-                let grace = Some(Duration::from_secs(n as u64));
-                if adds {
-                    inner.extra_of(slot).grace = grace;
-                    oracle.insert(slot, grace);
-                } else {
-                    let removed = inner.take_extra(slot).map(|extra| extra.grace);
-                    prop_assert_eq!(removed, oracle.remove(&slot));
+            let (mut inner, mut lives, mut oracle) =
+                (Inner::default(), BTreeMap::new(), BTreeMap::new());
+            for (since, (slot, step)) in (0..).zip(steps) {
+                let grace = Some(Duration::from_secs(since.into()));
+                match (step, lives.contains_key(&slot)) {
+                    (0, false) => {
+                        let (slot, _, _) = inner.take_in("task", Location::caller(), since);
+                        prop_assert_eq!(lives.insert(slot, since), None, "it was free");
+                        prop_assert!(inner.extra(slot).is_none());
+                    }
+                    (0, true) => {
+                        inner.remove_extra(slot);
+                        inner.count_out(slot, Outcome::Completed);
+                        lives.remove(&slot);
+                        oracle.remove(&slot);
+                    }
+                    (1, true) => {
+                        inner.extra_of(slot).grace = grace;
+                        oracle.insert(slot, grace);
+                    }
+                    (_, true) => {
+                        let removed = inner.take_extra(slot).map(|extra| extra.grace);
+                        prop_assert_eq!(removed, oracle.remove(&slot));
+                    }
+                    (_, false) => {}
                 }
-                for slot in 0..24 {
-                    let found = inner.extra(slot).map(|extra| extra.grace);
-                    prop_assert_eq!(found, oracle.get(&slot).copied());
-                    prop_assert_eq!(inner.since(slot), slot);
+                for (slot, since) in &lives {
+                    let found = inner.extra(*slot).map(|extra| extra.grace);
+                    prop_assert_eq!(found, oracle.get(slot).copied());
+                    prop_assert_eq!(inner.since(*slot), *since);
                 }
                 let all: BTreeMap<_, _> =
                     inner.extras_mut().map(|(slot, extra)| (slot, extra.grace)).collect();
                 prop_assert_eq!(&all, &oracle);
                 prop_assert_eq!(inner.has_no_extras(), oracle.is_empty());
+                prop_assert_eq!(inner.live as usize, lives.len());
+                for slot in (0..).take(inner.tasks.len()).filter(|slot| !lives.contains_key(slot)) {
+                    prop_assert!(inner.extra(slot).is_none(), "{} is free", slot);
+                }
             }
         }
     }

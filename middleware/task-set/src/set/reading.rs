@@ -100,7 +100,7 @@ impl Set {
     #[inline(never)]
     fn read_part(&self, inner: &Inner, begin: usize, tasks: &mut Vec<ReadTask>) {
         let general = self.policy(inner).general().unwrap_or_default();
-        // There are no more than `u32::MAX`.
+        // There are no more than `NONE`.
         let first = u32::try_from(begin).unwrap_or(NONE);
         for (slot, entry) in (first..).zip(inner.tasks.iter().skip(begin).take(PART)) {
             if entry.kind == FREE {
