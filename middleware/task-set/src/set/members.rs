@@ -45,7 +45,7 @@ pub(super) struct Inner {
     ticks_used: u8,
     pub(super) held_end: Option<End>,
     pub(super) rare: Option<Box<Rare>>,
-    pub(super) tasks: SmallVec<[Entry; 4]>,
+    pub(super) tasks: SmallVec<[Entry; FEW]>,
     /// What only some tasks have, and of which: in no order, and found by their entries.
     extras: Vec<(u32, Extra)>,
     pub(super) kinds: Kinds,
@@ -143,10 +143,12 @@ const KINDS_MAX: usize = FREE as usize - 1;
 const KINDS_LISTED: usize = 16;
 /// As an index of an entry: none is free. A million tasks are some 300 MB: there are no 2 billion.
 pub(super) const NONE: u32 = PLACED - 1;
+/// So many are in the set itself.
+const FEW: usize = 8;
 /// So many are kept for the next set, some 1.5 kB: its request may be a long one with few tasks.
 const ENTRIES_KEPT: usize = 64;
 /// As `ENTRIES_KEPT`: some 2 kB.
-const EXTRAS_KEPT: usize = 8;
+const EXTRAS_KEPT: usize = FEW;
 
 /// The kinds of a set's tasks. The first lies apart, where a spawn and an end need not look for it:
 /// most sets have no other.
@@ -769,10 +771,7 @@ impl Inner {
     fn ticks(&mut self, born: Instant) -> u32 {
         self.ticks_used += 1;
         if self.ticks_used >= 8 || self.live <= 8 {
-            let age = born.elapsed();
-            let ticks = u64::from(age.subsec_nanos() / (1_000_000_000 / TICKS));
-            let ticks = age.as_secs().saturating_mul(TICKS.into()).saturating_add(ticks);
-            self.ticks = u32::try_from(ticks).unwrap_or(NOT_YET).min(NOT_YET - 1);
+            self.ticks = ticks_of(born.elapsed());
             self.ticks_used = 0;
         }
         self.ticks
@@ -807,9 +806,10 @@ impl Inner {
         /// What nobody uses yet costs memory.
         const MOST: usize = 64;
         if self.tasks.len() == self.tasks.capacity() {
-            // By four and not by two: to move the entries is most of what a task among many costs
-            // its set.
-            self.tasks.reserve(3 * self.tasks.len());
+            // To 16, 64, 256: by four and not by two, for to move the entries is most of what a
+            // task among many costs its set.
+            let len = self.tasks.len();
+            self.tasks.reserve(if len == FEW { FEW } else { 3 * len });
         }
         // There are no more than `NONE`.
         let begin = u32::try_from(self.tasks.len()).unwrap_or(NONE);
@@ -841,6 +841,12 @@ impl Inner {
     }
 }
 
+fn ticks_of(age: Duration) -> u32 {
+    let ticks = u64::from(age.subsec_nanos() / (1_000_000_000 / TICKS));
+    let ticks = age.as_secs().saturating_mul(TICKS.into()).saturating_add(ticks);
+    u32::try_from(ticks).unwrap_or(NOT_YET).min(NOT_YET - 1)
+}
+
 /// How old the set was at `Entry::since`. What has not awaited is taken to be as old as that.
 pub(super) fn in_ticks(since: u32) -> Duration {
     let ticks = if since == NOT_YET { 0 } else { since };
@@ -858,6 +864,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn ticks_tell_an_age_for_a_year_and_are_nothing_else_after_that() {
+        for age in [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(365 * 86_400)] {
+            assert_eq!(in_ticks(ticks_of(age)), age);
+        }
+        for years in [2, 3, 5, 600_000_000_000] {
+            let ticks = ticks_of(Duration::from_secs(years * 365 * 86_400));
+            assert!(ticks != NOT_YET && ticks & PLACED == 0);
+        }
+    }
 
     proptest! {
         #[test]
