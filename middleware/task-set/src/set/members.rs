@@ -660,12 +660,19 @@ impl Inner {
     /// The task has come to an await.
     #[inline]
     pub(super) fn awaits(&mut self, slot: u32, born: Instant) {
+        let since = self.tasks[slot as usize].since;
+        if since == NOT_YET {
+            self.tasks[slot as usize].since = self.ticks(born);
+        } else if since & PLACED != 0 {
+            self.awaits_with_extra(slot, born);
+        }
+    }
+
+    #[inline(never)]
+    fn awaits_with_extra(&mut self, slot: u32, born: Instant) {
         if self.since(slot) == NOT_YET {
             let ticks = self.ticks(born);
-            match self.extra_mut(slot) {
-                Some(extra) => extra.since = ticks,
-                None => self.tasks[slot as usize].since = ticks,
-            }
+            self.extra_of(slot).since = ticks;
         }
     }
 
