@@ -785,7 +785,7 @@ impl Set {
         if is_shutdown && matches!(obeyed, None | Some(Outcome::Cancelled | Outcome::Aborted)) {
             inner.note_forced(slot, self.born, outcome);
         }
-        if !inner.has_no_extras() {
+        if inner.has_extras() {
             inner.remove_extra(slot).into_iter().for_each(|key| self.forget(key));
         }
         let waker = inner.count_out(slot, outcome);

@@ -593,12 +593,13 @@ impl Inner {
     /// Whether there is more to a task that ends than its entry.
     #[inline]
     pub(super) fn is_involved(&self) -> bool {
-        self.cancelled || self.rare.is_some() || !self.extras.is_empty()
+        self.cancelled || self.rare.is_some() || self.has_extras()
     }
 
-    /// Whether no task has more than its entry.
-    pub(super) fn has_no_extras(&self) -> bool {
-        self.extras.is_empty()
+    /// Whether some task has more than its entry.
+    #[inline]
+    pub(super) fn has_extras(&self) -> bool {
+        !self.extras.is_empty()
     }
 
     #[inline]
@@ -923,7 +924,7 @@ mod tests {
                 let all: BTreeMap<_, _> =
                     inner.extras_mut().map(|(slot, extra)| (slot, extra.grace)).collect();
                 prop_assert_eq!(&all, &oracle);
-                prop_assert_eq!(inner.has_no_extras(), oracle.is_empty());
+                prop_assert_eq!(inner.has_extras(), !oracle.is_empty());
                 prop_assert_eq!(inner.live as usize, lives.len());
                 for slot in (0..).take(inner.tasks.len()).filter(|slot| !lives.contains_key(slot)) {
                     prop_assert!(inner.extra(slot).is_none(), "{} is free", slot);
