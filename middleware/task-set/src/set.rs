@@ -4,7 +4,7 @@ mod reading;
 
 use std::{
     any::Any,
-    cell::Cell,
+    cell::RefCell,
     fmt, mem,
     panic::Location,
     pin::pin,
@@ -57,13 +57,16 @@ const LIMITED: u8 = 1 << 6;
 
 #[cfg(not(loom))]
 thread_local! {
-    /// Memory for the next set that this thread makes: of one that was over, and nobody's.
-    static SPARE: Cell<Option<Arc<Set>>> = const { Cell::new(None) };
+    /// Memory for the next sets that this thread makes: of some that were over, and nobody's.
+    static SPARES: RefCell<Spares> = const { RefCell::new(SmallVec::new_const()) };
 }
 #[cfg(loom)]
 loom::thread_local! {
-    static SPARE: Cell<Option<Arc<Set>>> = Cell::new(None);
+    static SPARES: RefCell<Spares> = RefCell::new(SmallVec::new());
 }
+
+/// As many as are over at about the same time on a thread with many requests, of 1 to 4 kB each.
+type Spares = SmallVec<[Arc<Set>; 8]>;
 
 /// So many tasks are woken for each lock.
 const WAKERS: usize = 32;
@@ -151,7 +154,7 @@ impl Set {
             marks |= LIMITED;
         }
         let born = Instant::now();
-        let spare = SPARE.try_with(Cell::take).ok().flatten();
+        let spare = SPARES.try_with(|spares| spares.borrow_mut().pop()).ok().flatten();
         let mut set = spare.unwrap_or_else(|| Self::blank(place, born));
         let new = Arc::get_mut(&mut set).expect("a spare one is nobody else's");
         debug_assert!(new.is_blank());
@@ -227,7 +230,12 @@ impl Set {
 
     #[inline]
     fn into_spare(self: Arc<Self>) {
-        let _ = SPARE.try_with(|spare| spare.set(Some(self)));
+        let _ = SPARES.try_with(|spares| {
+            let mut spares = spares.borrow_mut();
+            if spares.len() < spares.inline_size() {
+                spares.push(self);
+            }
+        });
     }
 
     /// Whether there is nothing in it but memory.

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
+    array,
     collections::BTreeSet,
     convert::Infallible,
     future::{pending, ready},
@@ -78,19 +79,33 @@ fn added(layer: &TaskSetLayer, handler: impl Fn() + 'static) -> u64 {
     of_request(layer.layer(service(Arc::new(handler)))) - bare
 }
 
-/// The same for a request that finds no memory of another: a set of a layer outside has it.
+/// A service whose requests ask for their sets, and do nothing else.
+fn asking() -> impl Service<Request<()>> {
+    let layer = TaskSetLayer::new(&TaskRegistry::new());
+    layer.layer(service(Arc::new(|| drop(TaskSet::current().unwrap()))))
+}
+
+/// So many sets that are over a thread keeps the memory of.
+const KEPT: usize = 8;
+
+/// The same for a request that finds no memory of another: those of others have it.
 fn added_at_first(layer: &TaskSetLayer, handler: impl Fn() + 'static) -> u64 {
-    fn ask() {
-        drop(TaskSet::current().unwrap());
+    fn beside<S: Service<Request<()>>>(
+        mut service: S,
+    ) -> impl Service<Request<()>, Response = S::Response, Error = S::Error> {
+        let mut others = asking();
+        service_fn(move |request| {
+            let others: [_; KEPT + 1] = array::from_fn(|_| others.call(Request::new(())));
+            let response = service.call(request);
+            async move {
+                let response = response.await;
+                drop(others);
+                response
+            }
+        })
     }
-    let outside = TaskSetLayer::new(&TaskRegistry::new());
-    let bare = of_request(outside.layer(service(Arc::new(ask))));
-    let mut inner = layer.layer(service(Arc::new(handler)));
-    let asks = service_fn(move |request| {
-        ask();
-        inner.call(request)
-    });
-    of_request(outside.layer(asks)) - bare
+    let bare = of_request(beside(service(Arc::new(|| {}))));
+    of_request(beside(layer.layer(service(Arc::new(handler))))) - bare
 }
 
 fn layers() -> [TaskSetLayer; 3] {
@@ -167,6 +182,21 @@ fn a_request_after_another_has_its_memory_and_costs_one_allocation_for_each_task
         });
         assert_eq!(graceful, 8 + 8);
     }
+}
+
+#[test]
+fn some_requests_at_once_have_the_memory_of_as_many_before() {
+    let at_once = |requests: usize| {
+        let mut service = asking();
+        let mut calls = Vec::with_capacity(requests);
+        let mut serve = || {
+            calls.extend((0..requests).map(|_| service.call(Request::new(()))));
+            calls.clear();
+        };
+        serve();
+        measure(serve).count_total
+    };
+    assert_eq!([1, 2, KEPT, KEPT + 1, KEPT + 5].map(at_once), [0, 0, 0, 1, 5]);
 }
 
 #[test]
