@@ -729,12 +729,7 @@ impl Set {
         let waker = waker.clone();
         let mut inner = self.lock();
         let put_off = mem::replace(&mut inner.watch, Watch::Needed) == Watch::PutOff;
-        inner.awaits(slot, self.born);
-        let order = inner.order(slot);
-        let unneeded = match order {
-            None => inner.tasks[slot as usize].waker.replace(waker),
-            Some(_) => Some(waker),
-        };
+        let (order, unneeded) = inner.awaits(slot, waker, self.born);
         drop(inner);
         drop(unneeded);
         if put_off {

@@ -41,16 +41,13 @@ pub(super) struct Inner {
     pub(super) stage: Stage,
     end: Option<End>,
     pub(super) watch: Watch,
-    /// How many have used `ticks` since that was read.
-    ticks_used: u8,
     pub(super) held_end: Option<End>,
     pub(super) rare: Option<Box<Rare>>,
     pub(super) tasks: SmallVec<[Entry; FEW]>,
     /// What only some tasks have, and of which: in no order, and found by their entries.
     extras: Vec<(u32, Extra)>,
     pub(super) kinds: Kinds,
-    /// What the clock showed when it was last looked at.
-    ticks: u32,
+    clock: Clock,
     pub(super) holds: u32,
     /// What the tasks without a lifetime of their own were told.
     pub(super) order: Option<Order>,
@@ -92,6 +89,27 @@ pub(super) struct Deadline {
     pub(super) key: Option<Key>,
     /// How many responses have it.
     pub(super) users: usize,
+}
+
+/// How old the set is, for tasks that await. A look at a clock costs as much as all else of that, so
+/// of many tasks only one in eight takes it.
+#[derive(Default)]
+struct Clock {
+    /// At the last look.
+    ticks: u32,
+    /// How many have used that since.
+    used: u8,
+}
+
+impl Clock {
+    #[inline]
+    fn ticks(&mut self, born: Instant, live: u32) -> u32 {
+        self.used += 1;
+        if self.used >= 8 || live <= 8 {
+            *self = Self { ticks: ticks_of(born.elapsed()), used: 0 };
+        }
+        self.ticks
+    }
 }
 
 /// Whether somebody must look for the deadline of the tasks when the response is over. It cannot be
@@ -306,8 +324,7 @@ impl Default for Inner {
             tasks: SmallVec::new(),
             free: NONE,
             live: 0,
-            ticks: 0,
-            ticks_used: 0,
+            clock: Clock::default(),
             extras: Vec::new(),
             next_timeout: None,
             end: None,
@@ -361,12 +378,11 @@ impl Inner {
             stage,
             end,
             watch,
-            ticks_used,
             held_end,
             kinds,
             tasks,
             extras,
-            ticks,
+            clock,
             holds,
             order,
             next_timeout,
@@ -393,9 +409,8 @@ impl Inner {
         *stage = Stage::Counting;
         *end = None;
         *watch = Watch::Unneeded;
-        *ticks_used = 0;
         *held_end = None;
-        *ticks = 0;
+        *clock = Clock::default();
         *order = None;
         *next_timeout = None;
         *lifetime = None;
@@ -658,22 +673,42 @@ impl Inner {
         self.extra(slot).map_or(self.tasks[slot as usize].since, |extra| extra.since)
     }
 
-    /// The task has come to an await.
+    /// The task has come to an await: keeps its waker, unless it is told something at once. Yields
+    /// that, and a waker that is not needed.
     #[inline]
-    pub(super) fn awaits(&mut self, slot: u32, born: Instant) {
-        let since = self.tasks[slot as usize].since;
-        if since == NOT_YET {
-            self.tasks[slot as usize].since = self.ticks(born);
-        } else if since & PLACED != 0 {
-            self.awaits_with_extra(slot, born);
+    pub(super) fn awaits(
+        &mut self,
+        slot: u32,
+        waker: Waker,
+        born: Instant,
+    ) -> (Option<Order>, Option<Waker>) {
+        let entry = &mut self.tasks[slot as usize];
+        if entry.since & PLACED != 0 {
+            return self.awaits_with_extra(slot, waker, born);
+        }
+        if entry.since == NOT_YET {
+            entry.since = self.clock.ticks(born, self.live);
+        }
+        match self.order {
+            None => (None, entry.waker.replace(waker)),
+            order => (order, Some(waker)),
         }
     }
 
     #[inline(never)]
-    fn awaits_with_extra(&mut self, slot: u32, born: Instant) {
+    fn awaits_with_extra(
+        &mut self,
+        slot: u32,
+        waker: Waker,
+        born: Instant,
+    ) -> (Option<Order>, Option<Waker>) {
         if self.since(slot) == NOT_YET {
-            let ticks = self.ticks(born);
+            let ticks = self.clock.ticks(born, self.live);
             self.extra_of(slot).since = ticks;
+        }
+        match self.order(slot) {
+            None => (None, self.tasks[slot as usize].waker.replace(waker)),
+            order => (order, Some(waker)),
         }
     }
 
@@ -771,18 +806,6 @@ impl Inner {
             index.insert(address(name, site), rest.len() - 1);
         }
         rest.len() - 1
-    }
-
-    /// How old the set is. A look at the clock costs as much as all else of a wait, so of many
-    /// tasks only one in eight takes it.
-    #[inline]
-    fn ticks(&mut self, born: Instant) -> u32 {
-        self.ticks_used += 1;
-        if self.ticks_used >= 8 || self.live <= 8 {
-            self.ticks = ticks_of(born.elapsed());
-            self.ticks_used = 0;
-        }
-        self.ticks
     }
 
     #[expect(clippy::inline_always, reason = "as above")]
