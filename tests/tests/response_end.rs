@@ -13,7 +13,10 @@ use std::{
     fmt,
     future::{pending, ready},
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -133,6 +136,53 @@ async fn an_empty_body_completes_however_it_says_so() {
     let response = fetch(&site, "GET / HTTP/1.1").await;
     assert!(response.contains("transfer-encoding: chunked\r\n"), "{response}");
     site.saw("/", ["called", "polled", "Completed", "dropped"]).await;
+}
+
+#[tokio::test]
+async fn a_body_that_is_at_its_end_only_when_the_server_asks_completes() {
+    struct Late(Arc<AtomicBool>);
+
+    impl Body for Late {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            panic!("it is not polled")
+        }
+
+        fn is_end_stream(&self) -> bool {
+            self.0.load(SeqCst)
+        }
+    }
+
+    for protocol in [http1(), http2()] {
+        let is_http1 = matches!(protocol, Protocol::Http1(_));
+        let (tell, seen) = events();
+        let service = ServiceBuilder::new()
+            // Handed over by the layer, and not yet by this.
+            .map_response(|response: Response<_>| {
+                response.extensions().get::<Arc<AtomicBool>>().unwrap().store(true, SeqCst);
+                response
+            })
+            .layer(ResponseEndLayer::new(TellEnd(tell)))
+            .service(service_fn(|_: Request<Incoming>| {
+                let is_at_end = Arc::new(AtomicBool::new(false));
+                let mut response = Response::new(Late(is_at_end.clone()));
+                response.extensions_mut().insert(is_at_end);
+                ready(Ok::<_, Infallible>(response))
+            }));
+        let mut site = Site { server: Server::hyper(protocol, service).await, seen, bodies: None };
+        if is_http1 {
+            let response = fetch(&site, "GET / HTTP/1.1").await;
+            assert!(response.contains("content-length: 0\r\n"), "{response}");
+        } else {
+            assert_eq!(fetch_h2(&site, "GET", "/").await.status, 200);
+        }
+        site.saw("/", ["Completed"]).await;
+    }
 }
 
 #[tokio::test]

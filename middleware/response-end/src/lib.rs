@@ -16,7 +16,7 @@
 //! | R3 | the body yields `None` | `Completed` |
 //! | R4 | the body yields trailers | `Completed` |
 //! | R5 | the body yields data and is then at its end | `Completed` |
-//! | R6 | the body is dropped after as many bytes as Content-Length or an exact size hint said | `Completed` |
+//! | R6 | the body is dropped after as many bytes as Content-Length or an exact size hint said, or after it was asked and at its end | `Completed` |
 //! | R7 | the service or the body yields an error | `Failed` |
 //! | R8 | either panics, or the response carries the [`Panic`] that it answers to | `Panicked` |
 //! | R9 | either is dropped before any of these | `Disconnected` |
@@ -123,7 +123,9 @@
 //! there the response goes on until somebody else ends it. [`ResponseEndLayer::watch_request_body`]
 //! helps where the handler reads the request's body: an error of reading it counts as
 //! `Disconnected`. A body that is leaked has no end. A body that ends before its Content-Length is
-//! `Completed` by its own word, though hyper then breaks the connection.
+//! `Completed` by its own word, though hyper then breaks the connection. A body that learns its size
+//! after it was handed over, or from a layer outside that adds a Content-Length, and is dropped for
+//! that before its end, is `Disconnected`.
 
 mod hold;
 mod request_body;
@@ -136,7 +138,10 @@ use std::{
     marker::PhantomData,
     mem::{self, ManuallyDrop},
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -385,6 +390,8 @@ struct Watched<W: Watch> {
     upload: Option<Upload>,
     // How many bytes of the body are to come.
     left: u64,
+    // Whether the body has said since its last poll that it is at its end.
+    is_at_end: AtomicBool,
     kind: Kind,
     dialect: Dialect,
     // Whether the client of a `StoppableBody` sees trailers.
@@ -400,6 +407,7 @@ impl<W: Watch> Watched<W> {
             watch,
             upload,
             left: ENDLESS,
+            is_at_end: AtomicBool::new(false),
             kind,
             dialect,
             in_trailers: false,
@@ -687,8 +695,9 @@ pin_project! {
             let mut this = this.project();
             if let Some(watched) = this.watched {
                 // R6 classifies a drop and never ends early: HTTP/2 polls on for trailers after
-                // the last byte.
-                let end = if watched.left == 0 { End::Completed } else { End::Disconnected };
+                // the last byte. A server that has seen the end does not poll again.
+                let is_over = watched.left == 0 || *watched.is_at_end.get_mut();
+                let end = if is_over { End::Completed } else { End::Disconnected };
                 watched.drop_inner::<B>(end, || this.inner.set(None));
             }
         }
@@ -735,6 +744,7 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
         if mem::replace(&mut watched.next, Next::Over) != Next::Inner {
             return Poll::Ready(None);
         }
+        *watched.is_at_end.get_mut() = false;
         let inside = Inside::enter(watched);
         let frame = inner.as_mut().poll_frame(cx);
         let is_data = matches!(&frame, Poll::Ready(Some(Ok(frame))) if frame.is_data());
@@ -796,8 +806,16 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
     }
 
     fn is_end_stream(&self) -> bool {
-        let over = self.watched.as_ref().is_some_and(|watched| watched.next != Next::Inner);
-        over || self.inner.as_ref().is_none_or(Body::is_end_stream)
+        let is_at_end = || self.inner.as_ref().is_none_or(Body::is_end_stream);
+        match &self.watched {
+            Some(watched) if watched.next != Next::Inner => true,
+            Some(watched) => {
+                let is_at_end = is_at_end();
+                watched.is_at_end.store(is_at_end, Relaxed);
+                is_at_end
+            }
+            None => is_at_end(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -9,12 +9,13 @@ use std::{
     fmt,
     future::{self, Ready, ready},
     hint::black_box,
+    mem,
     panic::panic_any,
     pin::{Pin, pin},
     rc::Rc,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
     task::{Context, Poll, Waker},
     thread,
@@ -208,6 +209,63 @@ fn a_drop_after_all_announced_bytes_completes() {
         drop(body);
         assert_eq!(ends.told(), [end], "{announced:?} {frames:?}");
     }
+}
+
+/// A body that is at its end some time after its only frame.
+#[derive(Default)]
+struct Late {
+    is_known: Arc<AtomicBool>,
+    polled: bool,
+}
+
+impl Body for Late {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Polled<Bytes, Infallible> {
+        if mem::replace(&mut self.polled, true) {
+            return Poll::Pending;
+        }
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"foo")))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.polled && self.is_known.load(SeqCst)
+    }
+}
+
+#[test]
+fn a_drop_after_the_body_has_told_its_end_completes() {
+    let body = |polled| {
+        let (ends, late) = (Ends::default(), Late { polled, ..Late::default() });
+        let known = late.is_known.clone();
+        let body = Box::pin(answer(&ends, get(), reply(200, late)).into_body());
+        (ends, known, body)
+    };
+    for polled in [false, true] {
+        let (ends, known, mut body) = body(polled);
+        if !polled {
+            assert_eq!(shown(&poll(body.as_mut())), "data(3)");
+        }
+        assert!(!body.is_end_stream());
+        known.store(true, SeqCst);
+        assert!(body.is_end_stream());
+        assert_eq!(ends.told(), []);
+        drop(body);
+        assert_eq!(ends.told(), [Completed]);
+    }
+    // Nobody has asked, so nobody was told the end.
+    let (ends, known, unasked) = body(true);
+    known.store(true, SeqCst);
+    drop(unasked);
+    assert_eq!(ends.told(), [Disconnected]);
+    // Who asks and polls again does not take it for the end.
+    let (ends, known, mut polled) = body(true);
+    known.store(true, SeqCst);
+    assert!(polled.is_end_stream());
+    assert_eq!(shown(&poll(polled.as_mut())), "pending");
+    drop(polled);
+    assert_eq!(ends.told(), [Disconnected]);
 }
 
 #[test]
