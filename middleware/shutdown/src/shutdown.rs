@@ -337,7 +337,7 @@ impl<F: Future> Server<'_, F> {
 /// Wakes for the next phase, and for a line of progress.
 struct Alarm {
     sleep: Option<Pin<Box<Sleep>>>,
-    /// There is no time driver: the shutdown's thread has to do.
+    /// There is no time driver, or its runtime was shut down: the shutdown's thread has to do.
     timeless: bool,
     progress: Option<Instant>,
 }
@@ -370,8 +370,14 @@ impl Alarm {
                 self.timeless = true;
                 return;
             };
-            if sleep.as_mut().poll(cx).is_pending() {
-                return;
+            // So does a runtime that was shut down.
+            match catch(|| sleep.as_mut().poll(cx)) {
+                Ok(Poll::Pending) => return,
+                Ok(Poll::Ready(())) => {}
+                Err(_) => {
+                    self.timeless = true;
+                    return;
+                }
             }
             if course.end().is_some_and(|end| end <= Instant::now()) {
                 // It is looked at in the next poll.

@@ -183,13 +183,15 @@ impl State {
         // Nor is there a panic then for want of a time driver.
         if !settle.is_zero() {
             let until = begun.at.checked_add(settle);
-            // Without a time driver whoever drives the shutdown sees to it.
+            // Without a time driver, or on a runtime that was shut down, whoever drives the shutdown
+            // sees to it.
             let sleep = until.and_then(|until| catch(|| sleep_until(until)).ok());
-            let drained = self.draining.cancelled();
-            match sleep {
-                Some(sleep) => first(sleep, drained).await,
-                None => drained.await,
-            }
+            let mut sleep = pin!(sleep);
+            let settled = poll_fn(|cx| {
+                let sleep = sleep.as_mut().as_pin_mut();
+                sleep.map_or(Poll::Pending, |it| catch(|| it.poll(cx)).unwrap_or(Poll::Pending))
+            });
+            first(settled, self.draining.cancelled()).await;
         }
         self.drain();
     }

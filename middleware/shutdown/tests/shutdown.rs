@@ -552,6 +552,32 @@ fn without_a_time_driver_its_own_thread_keeps_the_time() {
 }
 
 #[test]
+fn on_a_runtime_that_was_shut_down_its_own_thread_keeps_the_time() {
+    for polled_before in [true, false] {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let handle = runtime.handle().clone();
+        let tasks = TaskRegistry::new();
+        let budget = Duration::from_millis(100);
+        let shutdown = Shutdown::new(budget).settle(budget / 2).without_signals().tasks(&tasks);
+        let lives = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        lives.block_on(async { tasks.spawn("task", pending::<()>()).map(drop).unwrap() });
+        let mut run = pin!(shutdown.run(server(&shutdown)));
+        shutdown.begin();
+        if polled_before {
+            let _here = handle.enter();
+            assert!(poll_once(run.as_mut()).is_pending());
+        }
+        drop(runtime);
+        let dead = handle.enter();
+        assert!(poll_once(run.as_mut()).is_pending());
+        drop(dead);
+        let report = lives.block_on(run).unwrap();
+        assert!(report.took >= budget * 4 / 5, "{report}");
+        assert_eq!(report.forced().len(), 1);
+    }
+}
+
+#[test]
 fn without_a_time_driver_nothing_panics_unless_there_is_something_to_wait_for() {
     thread_local! {
         static SEEN: Cell<usize> = const { Cell::new(0) };

@@ -1,7 +1,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    panic::catch_unwind,
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     task::{Context, Poll, Waker},
     time::Duration,
@@ -124,8 +124,8 @@ impl SpawnLimit {
     ///
     /// Whoever runs with the permit of a task is refused at once when the limit is full: see
     /// [`Level`]. So is
-    /// who is too many for the [queue](Self::queue), and whoever waits outside of a runtime or in
-    /// one without a time driver.
+    /// who is too many for the [queue](Self::queue), and whoever waits outside of a runtime, or in one
+    /// without a time driver or that was shut down.
     ///
     /// # Errors
     ///
@@ -280,7 +280,7 @@ impl Future for Acquire {
             }
             this.sleep.set(sleep.flatten());
         }
-        let in_time = may_wait && this.sleep.as_pin_mut().is_none_or(|it| it.poll(cx).is_pending());
+        let in_time = may_wait && this.sleep.as_pin_mut().is_none_or(|sleep| is_pending(sleep, cx));
         match turn.poll(cx) {
             Poll::Pending if in_time => Poll::Pending,
             Poll::Ready(true) => Poll::Ready(Ok(turn.limit.taken())),
@@ -302,6 +302,11 @@ impl fmt::Debug for Acquire {
 fn sleep_without_panic(until: Instant) -> Option<Sleep> {
     Handle::try_current().ok()?;
     catch_unwind(|| sleep_until(until)).ok()
+}
+
+/// Nothing is, once its runtime was shut down: that panics too.
+fn is_pending(sleep: Pin<&mut Sleep>, cx: &mut Context<'_>) -> bool {
+    catch_unwind(AssertUnwindSafe(|| sleep.poll(cx).is_pending())).unwrap_or(false)
 }
 
 /// A place in a limit's line, given up when this is dropped.

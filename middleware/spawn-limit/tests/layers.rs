@@ -122,6 +122,45 @@ fn without_a_runtime_nobody_waits() {
     assert_eq!(refused.unwrap_err(), SpawnError::Full);
 }
 
+#[test]
+fn who_is_polled_when_its_runtime_was_shut_down_waits_no_more() {
+    let timed = || {
+        let builder = &mut tokio::runtime::Builder::new_current_thread();
+        builder.enable_time().build().unwrap()
+    };
+    for polled_before in [true, false] {
+        let (limit, runtime) = (SpawnLimit::new(0), timed());
+        let layer = RequestLimitLayer::new(0).wait(LONG);
+        let handle = runtime.handle().clone();
+        let mut permit = task::spawn(limit.acquire_within(LONG));
+        let mut spawned = task::spawn(
+            SpawnLimitLayer::new(limit.clone())
+                .plain()
+                .layer(service_fn(|()| async {
+                    let spawned = spawn_within(LONG, async {}).await;
+                    Ok::<_, Infallible>(spawned.map(drop).map_err(|refused| refused.reason))
+                }))
+                .oneshot(()),
+        );
+        let mut request = task::spawn(layer.layer(service_fn(hello)).oneshot(Request::new(())));
+        if polled_before {
+            let _here = handle.enter();
+            assert_pending!(permit.poll());
+            assert_pending!(spawned.poll());
+            assert_pending!(request.poll());
+            assert_eq!((limit.waiting(), layer.waiting()), (2, 1));
+        }
+        drop(runtime);
+        // In another that lives, too.
+        let other = timed();
+        let _here = if polled_before { other.enter() } else { handle.enter() };
+        assert_eq!(assert_ready_err!(permit.poll()), SpawnError::Full);
+        assert_eq!(assert_ready_ok!(spawned.poll()), Err(SpawnError::Full));
+        assert_eq!(assert_ready_ok!(request.poll()).status(), 503);
+        assert_eq!((limit.waiting(), limit.refused(), layer.waiting()), (0, 2, 0));
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_permit_of_each_layer_comes_back_however_a_task_ends() {
     let (outer, inner) = (SpawnLimit::new(1), SpawnLimit::new(1).per_request(1));

@@ -68,7 +68,7 @@ enum Timer {
     /// Made at the first await: a response that is ready at once needs none.
     Unset,
     Set(Pin<Box<Sleep>>),
-    /// There is no time driver.
+    /// There is no time driver, or its runtime was shut down.
     Never,
 }
 
@@ -109,9 +109,16 @@ impl Deadline {
             self.timer = self.set();
         }
         match &mut self.timer {
-            // What comes before it in this poll may have used up tokio's budget for the task, each
-            // time: then a timer says nothing.
-            Timer::Set(sleep) => pin!(unconstrained(sleep.as_mut())).poll(cx),
+            Timer::Set(sleep) => {
+                // What comes before it in this poll may have used up tokio's budget for the task,
+                // each time: then a timer says nothing.
+                let poll = catch(|| pin!(unconstrained(sleep.as_mut())).poll(cx));
+                // That of a runtime that was shut down panics.
+                poll.unwrap_or_else(|_| {
+                    self.timer = Timer::Never;
+                    Poll::Pending
+                })
+            }
             Timer::Unset | Timer::Never => Poll::Pending,
         }
     }

@@ -157,7 +157,8 @@
 //!
 //! Nothing here panics outside of a runtime, or in one without a time driver: there, `Drain(d)`
 //! lasts until shutdown, timeouts and request deadlines do nothing, and one event at level `WARN`
-//! says so.
+//! says so. What is polled on after its runtime was shut down has no deadline either, and waits for
+//! no permit.
 
 mod deadline;
 mod group;

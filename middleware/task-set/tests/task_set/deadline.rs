@@ -345,6 +345,37 @@ async fn what_drains_after_the_deadline_has_its_time() {
 }
 
 #[test]
+fn what_is_polled_when_its_runtime_was_shut_down_has_no_deadline() {
+    for polled_before in [true, false] {
+        let tasks = TaskRegistry::new();
+        let layer = TaskSetLayer::new(&tasks).deadline(secs(3));
+        let runtime = current_thread();
+        let handle = runtime.handle().clone();
+        let (open, wait) = gate();
+        let mut wait = Some(wait);
+        let service = service_fn(move |_: Request<()>| {
+            let wait = wait.take().unwrap();
+            async move {
+                wait.await;
+                Ok::<_, Broken>(Response::new(Script::on_drop(|| {})))
+            }
+        });
+        let mut response = spawn(layer.layer(service).oneshot(Request::new(())));
+        if polled_before {
+            let _here = handle.enter();
+            assert!(response.poll().is_pending());
+        }
+        drop(runtime);
+        let _here = handle.enter();
+        assert!(response.poll().is_pending());
+        open.send(()).unwrap();
+        let Poll::Ready(Ok(response)) = response.poll() else { panic!("it is ready") };
+        let mut body = Box::pin(response.into_body());
+        assert!(poll_once(pin!(body.frame())).is_pending());
+    }
+}
+
+#[test]
 fn without_a_time_driver_a_deadline_does_nothing() {
     let runtime = Builder::new_current_thread().build().unwrap();
     let tasks = TaskRegistry::new();
