@@ -225,7 +225,8 @@ pub type ResponseBody<B> = tower_response_end::StoppableBody<B, ResponseScope>;
 ///
 /// Of nested layers with different registries the inner set is the current one. A second layer
 /// with the same registry makes no second set: what it chooses, it chooses for the set of the
-/// first.
+/// first, which its deadline ends too. A service that is called in process, by a handler or a task,
+/// has a set of its own if it has a registry of its own.
 ///
 /// See the [crate's example](crate#example).
 pub struct TaskSetLayer<P = Http> {
