@@ -642,7 +642,7 @@ impl Owner {
                 set.close();
             }
         }
-        notify(&self.closed);
+        self.tell_changed();
         for set in self.sets() {
             set.tell_closed();
         }
@@ -652,12 +652,17 @@ impl Owner {
         for shard in &self.shards {
             let mut sets = lock(&shard.0);
             sets.draining = true;
-            sets.listed.iter().flatten().for_each(|set| set.close_own());
+            sets.listed.iter().flatten().for_each(|set| set.drain_own());
         }
+        self.tell_changed();
+    }
+
+    /// Those who wait look again: it is closed or about to be, or a set of its own was cancelled.
+    pub(crate) fn tell_changed(&self) {
         notify(&self.closed);
     }
 
-    /// Until it is closed, or about to be. Listens from now on.
+    /// Until those who wait are to look again. Listens from now on.
     pub(crate) fn changed(&self) -> OwnedNotified {
         self.closed.clone().notified_owned()
     }

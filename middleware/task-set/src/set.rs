@@ -488,7 +488,7 @@ impl Set {
         plan: &Plan<'_>,
         full: Option<SpawnLimit>,
     ) -> Result<Option<Box<Lifetime>>, Denial> {
-        if inner.is_closed() || inner.is_cancelled() || inner.stage != Stage::Counting {
+        if inner.is_refusing() {
             return Err(Denial::Because(SpawnError::Closed));
         }
         let lifetime = match inner.end() {
@@ -1159,6 +1159,9 @@ impl Set {
         drop(inner);
         self.spread(news);
         notify(changed);
+        if self.own {
+            self.owner().tell_changed();
+        }
         self.settle(over);
     }
 
@@ -1290,10 +1293,10 @@ impl Set {
         self.lock().close();
     }
 
-    /// The same if it belongs to no request.
-    pub(crate) fn close_own(&self) {
+    /// The same if it belongs to no request, though the registry is not closed yet.
+    pub(crate) fn drain_own(&self) {
         if self.own {
-            self.close();
+            self.lock().drain_own();
         }
     }
 

@@ -34,6 +34,8 @@ pub(super) struct Inner {
     pub(super) free: u32,
     /// Accepts nothing, whether it has ended or not: the registry is closed.
     closed: bool,
+    /// The same, for the tasks that belong to no request: the registry is about to be closed.
+    draining: bool,
     /// All tasks were told to end.
     cancelled: bool,
     /// It is one of these, or has ended, or is counted elsewhere: a spawn looks at this alone.
@@ -329,6 +331,7 @@ impl Default for Inner {
             next_timeout: None,
             end: None,
             closed: false,
+            draining: false,
             cancelled: false,
             shut: false,
             stage: Stage::Counting,
@@ -373,6 +376,7 @@ impl Inner {
             live,
             free,
             closed,
+            draining,
             cancelled,
             shut,
             stage,
@@ -404,6 +408,7 @@ impl Inner {
             *extras = Vec::new();
         }
         *closed = false;
+        *draining = false;
         *cancelled = false;
         *shut = false;
         *stage = Stage::Counting;
@@ -539,11 +544,13 @@ impl Inner {
     /// Whether all that is asked for is given: the response goes on, and nobody was told anything.
     #[inline]
     pub(super) fn is_open(&self) -> bool {
-        debug_assert_eq!(
-            self.shut,
-            self.closed || self.cancelled || self.end.is_some() || self.stage != Stage::Counting
-        );
+        debug_assert_eq!(self.shut, self.is_refusing() || self.end.is_some());
         !self.shut
+    }
+
+    /// Whether it accepts nothing, and did not just end.
+    pub(super) fn is_refusing(&self) -> bool {
+        self.closed || self.draining || self.cancelled || self.stage != Stage::Counting
     }
 
     /// Whether it is [open](Self::is_open), and all that is known of its tasks is in their entries.
@@ -558,6 +565,10 @@ impl Inner {
 
     pub(super) fn close(&mut self) {
         (self.closed, self.shut) = (true, true);
+    }
+
+    pub(super) fn drain_own(&mut self) {
+        (self.draining, self.shut) = (true, true);
     }
 
     pub(super) fn is_cancelled(&self) -> bool {

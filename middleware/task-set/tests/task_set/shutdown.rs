@@ -242,6 +242,29 @@ async fn in_a_drain_requests_and_their_tasks_may_spawn_and_nobody_else() {
 }
 
 #[tokio::test]
+async fn what_is_cancelled_in_a_drain_is_forced_if_the_registry_is_closed_by_then() {
+    for (closes, listed) in [(false, &[][..]), (true, &["own", "request"])] {
+        let tasks = TaskRegistry::new();
+        let served = serve(&TaskSetLayer::new(&tasks));
+        let own = tasks.spawn("own", forever()).unwrap();
+        let request = served.set.spawn("request", forever()).unwrap();
+        settle().await;
+        tasks.begin_drain();
+        if closes {
+            tasks.close();
+        }
+        tasks.cancel_all();
+        own.await.unwrap_err();
+        request.await.unwrap_err();
+        let mut names: Vec<_> =
+            tasks.snapshot().forced_tasks.iter().map(|task| task.name).collect();
+        names.sort_unstable();
+        assert_eq!(names, listed);
+        assert_ledger(&tasks, "cancelled 2");
+    }
+}
+
+#[tokio::test]
 async fn idle_is_waited_for_whether_it_is_closed_or_not() {
     let tasks = TaskRegistry::new();
     now(tasks.idle());

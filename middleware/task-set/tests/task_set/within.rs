@@ -118,6 +118,35 @@ async fn whoever_waits_when_the_request_ends_is_closed_out_with_what_it_gave() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn whoever_waits_for_the_registrys_own_set_is_closed_out_when_it_is_cancelled() {
+    let tasks = TaskRegistry::new().limit(SpawnLimit::new(1));
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let lives = tasks.task("lives").grace(secs(100)).spawn_graceful(move |_| async move {
+        tell.send(TaskSet::current().unwrap()).unwrap();
+        forever().await;
+    });
+    let set = told.await.unwrap();
+    let mut waiting = ways(&set).map(task::spawn);
+    for waiting in &mut waiting {
+        assert_pending!(waiting.poll());
+    }
+    // Who waits for another set of the registry goes on.
+    let mut other = task::spawn(tasks.task("other").within(secs(9)).spawn(async {}));
+    assert_pending!(other.poll());
+    tasks.cancel_all();
+    for waiting in &mut waiting {
+        assert!(waiting.is_woken());
+        assert_eq!(assert_ready_err!(waiting.poll()), SpawnError::Closed);
+    }
+    assert_pending!(other.poll());
+    tasks.abort_all();
+    settle().await;
+    assert!(lives.unwrap().is_finished() && other.is_woken());
+    assert_ready_ok!(other.poll()).await.unwrap();
+    assert_ledger(&tasks, "refused 3, completed 1, aborted 1");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_group_that_is_full_lets_in_who_waits_in_order() {
     let tasks = TaskRegistry::new();
     let group = tasks.group().limit(1);
