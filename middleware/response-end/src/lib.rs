@@ -16,7 +16,7 @@
 //! | R3 | the body yields `None` | `Completed` |
 //! | R4 | the body yields trailers | `Completed` |
 //! | R5 | the body yields data and is then at its end | `Completed` |
-//! | R6 | the body is dropped after as many bytes as Content-Length or an exact size hint said, or after it was asked and at its end | `Completed` |
+//! | R6 | the body is dropped after as many bytes as Content-Length or an exact size hint said, or after it has told who asked that it is at its end | `Completed` |
 //! | R7 | the service or the body yields an error | `Failed` |
 //! | R8 | either panics, or the response carries the [`Panic`] that it answers to | `Panicked` |
 //! | R9 | either is dropped before any of these | `Disconnected` |

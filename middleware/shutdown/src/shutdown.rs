@@ -370,14 +370,11 @@ impl Alarm {
                 self.timeless = true;
                 return;
             };
-            // So does a runtime that was shut down.
-            match catch(|| sleep.as_mut().poll(cx)) {
-                Ok(Poll::Pending) => return,
-                Ok(Poll::Ready(())) => {}
-                Err(_) => {
-                    self.timeless = true;
-                    return;
-                }
+            // One of a runtime that was shut down panics here.
+            let poll = catch(|| sleep.as_mut().poll(cx));
+            self.timeless = poll.is_err();
+            if !matches!(poll, Ok(Poll::Ready(()))) {
+                return;
             }
             if course.end().is_some_and(|end| end <= Instant::now()) {
                 // It is looked at in the next poll.

@@ -123,9 +123,8 @@ impl SpawnLimit {
     /// Takes a permit, waiting for it at most so long, in the order in which it was asked for.
     ///
     /// Whoever runs with the permit of a task is refused at once when the limit is full: see
-    /// [`Level`]. So is
-    /// who is too many for the [queue](Self::queue), and whoever waits outside of a runtime, or in one
-    /// without a time driver or that was shut down.
+    /// [`Level`]. So is who is too many for the [queue](Self::queue), and whoever waits outside of a
+    /// runtime, or in one without a time driver or that was shut down.
     ///
     /// # Errors
     ///
@@ -304,7 +303,7 @@ fn sleep_without_panic(until: Instant) -> Option<Sleep> {
     catch_unwind(|| sleep_until(until)).ok()
 }
 
-/// Nothing is, once its runtime was shut down: that panics too.
+/// None is, once its runtime was shut down: that panics too.
 fn is_pending(sleep: Pin<&mut Sleep>, cx: &mut Context<'_>) -> bool {
     catch_unwind(AssertUnwindSafe(|| sleep.poll(cx).is_pending())).unwrap_or(false)
 }

@@ -309,11 +309,11 @@ impl TaskRegistry {
     pub async fn wait(&self) {
         let owner = self.owner();
         loop {
-            let closed = owner.closed.clone().notified_owned();
+            let changed = owner.changed();
             if self.is_closed() {
                 break;
             }
-            closed.await;
+            changed.await;
         }
         // Closed, a set that has no task gets none any more: to see each without once is enough.
         for set in owner.sets() {
@@ -435,7 +435,7 @@ fn demand_drained(snapshot: &Snapshot) {
 pub(crate) struct Owner {
     shards: [Shard; Self::SHARDS],
     runtimes: std::sync::Mutex<Vec<Arc<Runtime>>>,
-    closed: Arc<Notify>,
+    changed: Arc<Notify>,
 }
 
 /// A set stays in the shard of the thread that made it. Apart by a cache line or two.
@@ -659,12 +659,12 @@ impl Owner {
 
     /// Those who wait look again: it is closed or about to be, or a set of its own was cancelled.
     pub(crate) fn tell_changed(&self) {
-        notify(&self.closed);
+        notify(&self.changed);
     }
 
     /// Until those who wait are to look again. Listens from now on.
     pub(crate) fn changed(&self) -> OwnedNotified {
-        self.closed.clone().notified_owned()
+        self.changed.clone().notified_owned()
     }
 
     /// The sets that are not over.
