@@ -146,7 +146,7 @@ fn routes<S: Spawn>() -> Router {
         }
         "answer"
     }
-    let sleeps = || sleep(Duration::from_millis(1));
+    let sleeps = || async { sleep(Duration::from_millis(1)).await };
     Router::new()
         .route("/plain", get(async || "answer"))
         .route("/ready", get(async |spawner: S| three(&spawner, || async {})))

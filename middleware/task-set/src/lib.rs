@@ -7,7 +7,7 @@
 //!
 //! [`TaskSetLayer`] goes inside of layers whose values or ids the tasks shall have, and outside of
 //! whatever asks for the set. A request that does not ask costs no allocation. One that does mostly
-//! finds the memory of a request before: each thread keeps some kilobytes of the last one.
+//! finds the memory of a request before: a registry keeps some of it, some kilobytes for each thread.
 //!
 //! # Example
 //!
@@ -213,7 +213,6 @@ pub use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
 pub use within::Within;
 
 use deadline::Limit;
-use registry::Config;
 
 /// Response future of [`WithTaskSet`].
 pub type ResponseFuture<F, P = Http> = tower_response_end::StoppableFuture<F, ResponseScope, P>;
@@ -230,7 +229,7 @@ pub type ResponseBody<B> = tower_response_end::StoppableBody<B, ResponseScope>;
 ///
 /// See the [crate's example](crate#example).
 pub struct TaskSetLayer<P = Http> {
-    config: Arc<Config>,
+    registry: TaskRegistry,
     in_extensions: bool,
     deadline: Option<Limit>,
     protocol: PhantomData<fn() -> P>,
@@ -240,7 +239,7 @@ impl TaskSetLayer {
     /// A layer whose sets belong to `registry`.
     pub fn new(registry: &TaskRegistry) -> Self {
         Self {
-            config: registry.config().clone(),
+            registry: registry.clone(),
             in_extensions: false,
             deadline: None,
             protocol: PhantomData,
@@ -250,8 +249,8 @@ impl TaskSetLayer {
     /// The same layer for a `Service` of anything else than HTTP requests, a queue's worker for
     /// instance: there the response is over when its future is.
     pub fn plain(self) -> TaskSetLayer<Plain> {
-        let Self { config, deadline, .. } = self;
-        TaskSetLayer { config, in_extensions: false, deadline, protocol: PhantomData }
+        let Self { registry, deadline, .. } = self;
+        TaskSetLayer { registry, in_extensions: false, deadline, protocol: PhantomData }
     }
 
     /// Also puts the [`TaskSet`] into the request's type map, where the extractor looks first: for
@@ -267,8 +266,8 @@ impl TaskSetLayer {
     ///
     /// [`ResponseEndLayer::watch_request_body`]: tower_response_end::ResponseEndLayer::watch_request_body
     pub fn watch_request_body(self) -> TaskSetLayer<WithRequestBody> {
-        let Self { config, in_extensions, deadline, .. } = self;
-        TaskSetLayer { config, in_extensions, deadline, protocol: PhantomData }
+        let Self { registry, in_extensions, deadline, .. } = self;
+        TaskSetLayer { registry, in_extensions, deadline, protocol: PhantomData }
     }
 }
 
@@ -276,7 +275,7 @@ impl<P> TaskSetLayer<P> {
     /// What becomes of tasks at the end of their response, if neither the set nor the task says
     /// otherwise.
     pub fn at_end(mut self, lifetime: AtEnd) -> Self {
-        let config = Arc::make_mut(&mut self.config);
+        let config = self.registry.choose();
         config.policy.at_end(lifetime);
         config.layer.at_end(lifetime);
         self
@@ -284,7 +283,7 @@ impl<P> TaskSetLayer<P> {
 
     /// The exception to [`at_end`](Self::at_end) for one end.
     pub fn on(mut self, end: End, lifetime: AtEnd) -> Self {
-        let config = Arc::make_mut(&mut self.config);
+        let config = self.registry.choose();
         config.policy.on(end, lifetime);
         config.layer.on(end, lifetime);
         self
@@ -293,7 +292,7 @@ impl<P> TaskSetLayer<P> {
     /// How long graceful tasks may go on after they were told to end, if neither the set nor the
     /// task says otherwise: see [`NewTask::grace`].
     pub fn grace(mut self, grace: Duration) -> Self {
-        let config = Arc::make_mut(&mut self.config);
+        let config = self.registry.choose();
         config.policy.set_grace(grace);
         config.layer.set_grace(grace);
         self
@@ -301,7 +300,7 @@ impl<P> TaskSetLayer<P> {
 
     /// What else becomes of it when a task panics, if neither the set nor the task says otherwise.
     pub fn on_panic(mut self, choice: OnPanic) -> Self {
-        let config = Arc::make_mut(&mut self.config);
+        let config = self.registry.choose();
         config.policy.on_panic(choice);
         config.layer.on_panic(choice);
         self
@@ -323,7 +322,7 @@ impl<P> TaskSetLayer<P> {
 impl<P> Clone for TaskSetLayer<P> {
     fn clone(&self) -> Self {
         Self {
-            config: self.config.clone(),
+            registry: self.registry.clone(),
             in_extensions: self.in_extensions,
             deadline: self.deadline.clone(),
             protocol: PhantomData,
@@ -334,7 +333,7 @@ impl<P> Clone for TaskSetLayer<P> {
 impl<P> fmt::Debug for TaskSetLayer<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TaskSetLayer")
-            .field("policy", &self.config.policy)
+            .field("policy", &self.registry.config().policy)
             .field("in_extensions", &self.in_extensions)
             .field("deadline", &self.deadline)
             .finish_non_exhaustive()
@@ -359,7 +358,7 @@ pub struct WithTaskSet<S, P = Http> {
 
 impl<S, P> WithTaskSet<S, P> {
     fn scope<B>(&self, request: &mut Request<B>, dialect: Dialect) -> ResponseScope {
-        let config = &self.layer.config;
+        let config = self.layer.registry.config();
         let mut scope = match &self.layer.deadline {
             None => ResponseScope::new(config),
             Some(limit) => ResponseScope::until(config, limit.of(request, dialect)),
@@ -437,7 +436,7 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        let config = &self.layer.config;
+        let config = self.layer.registry.config();
         let scope = match &self.layer.deadline {
             None => ResponseScope::new(config),
             Some(limit) => ResponseScope::until(config, limit.deadline()),

@@ -52,7 +52,7 @@ fn plan() -> Plan<'static> {
 }
 
 fn set(registry: &TaskRegistry) -> Arc<Set> {
-    Set::new(registry.config().clone(), RequestContext::new())
+    Set::new(registry.config(), RequestContext::new())
 }
 
 fn enter(set: &Arc<Set>) -> Result<Member, SpawnError> {
@@ -646,43 +646,132 @@ fn of_two_tasks_that_fail_at_once_one_is_the_first_and_the_wait_is_for_both() {
     assert_eq!(seen, expected, "either, and the other has failed too or was told in time");
 }
 
+/// The same in a runtime, for which sets are kept. It runs nothing.
+fn outcomes_with_kept_sets<T: Ord + Debug + Send + 'static>(
+    model: impl Fn() -> T + Sync + Send + 'static,
+) -> Vec<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let _here = runtime.enter();
+    outcomes(model)
+}
+
+/// Makes a set that knows nothing of another, and brings it to its end. Where it was.
+fn serve(registry: &TaskRegistry) -> usize {
+    let set = set(registry);
+    assert!(!set.has_orders() && set.ended().is_none() && set.len() == 0);
+    let member = enter(&set).unwrap();
+    set.end(End::Completed);
+    let memory = Arc::as_ptr(&set) as usize;
+    set.release();
+    complete(member);
+    memory
+}
+
 #[test]
 fn two_who_let_go_of_a_set_at_once_and_make_the_next_have_one_each() {
-    let seen = outcomes(|| {
+    for value in [None, Some(Arc::new(()))] {
+        let seen = outcomes_with_kept_sets(move || {
+            let registry = TaskRegistry::new();
+            let context = match &value {
+                Some(value) => RequestContext::new().with(value.clone()),
+                None => RequestContext::new(),
+            };
+            let old = Set::new(registry.config(), context);
+            let memory = Arc::as_ptr(&old) as usize;
+            let [one, other] = [enter(&old).unwrap(), enter(&old).unwrap()];
+            let worker = thread::spawn({
+                let registry = registry.clone();
+                move || {
+                    complete(one);
+                    serve(&registry) == memory
+                }
+            });
+            old.end(End::Completed);
+            old.release();
+            complete(other);
+            let here = serve(&registry) == memory;
+            let there = worker.join().unwrap();
+            assert_exact(&registry, 4, 0, 0);
+            assert_eq!(registry.sets_listed(), 0);
+            let kept = value.as_ref().map_or(1, Arc::strong_count);
+            assert_eq!(kept, 1, "nothing of it is kept");
+            (here, there)
+        });
+        assert!(seen.contains(&(true, false)) && seen.contains(&(false, true)), "{seen:?}");
+    }
+}
+
+#[test]
+fn a_snapshot_while_a_set_is_kept_and_used_again_counts_all_once() {
+    let seen = outcomes_with_kept_sets(|| {
         let registry = TaskRegistry::new();
-        let value = Arc::new(());
-        let old = Set::new(registry.config().clone(), RequestContext::new().with(value.clone()));
-        let memory = Arc::as_ptr(&old) as usize;
-        let [one, other] = [enter(&old).unwrap(), enter(&old).unwrap()];
-        let next = {
+        let first = serve(&registry);
+        let server = thread::spawn({
+            let registry = registry.clone();
+            move || (serve(&registry), serve(&registry))
+        });
+        let [before, after] = [registry.snapshot().totals, registry.snapshot().totals];
+        assert!(before.is_exact() && after.is_exact(), "{before:?} {after:?}");
+        assert!(before.completed <= after.completed && before.spawned <= after.spawned);
+        let (second, third) = server.join().unwrap();
+        assert_exact(&registry, 3, 0, 0);
+        // One that is being read is for nobody else.
+        (before.completed, second == first, third == second)
+    });
+    for completed in 1..=3 {
+        assert!(seen.iter().any(|seen| seen.0 == completed), "{seen:?}");
+    }
+    for is_used_again in [false, true] {
+        assert!(seen.iter().any(|seen| seen.1 == is_used_again), "{seen:?}");
+        assert!(seen.iter().any(|seen| seen.2 == is_used_again), "{seen:?}");
+    }
+}
+
+#[test]
+fn a_cancellation_of_all_tells_a_set_that_is_used_again_or_does_not_know_it() {
+    let seen = outcomes_with_kept_sets(|| {
+        let registry = TaskRegistry::new();
+        serve(&registry);
+        let server = thread::spawn({
             let registry = registry.clone();
             move || {
                 let set = set(&registry);
-                assert!(!set.has_orders() && set.ended().is_none() && set.len() == 0);
-                let has_its_memory = Arc::as_ptr(&set) as usize == memory;
-                let member = enter(&set).unwrap();
+                let told = match enter(&set) {
+                    Ok(member) => {
+                        let told = set.order(member.slot).is_some();
+                        complete(member);
+                        told
+                    }
+                    Err(SpawnError::Closed) => true,
+                    Err(reason) => panic!("{reason}"),
+                };
                 set.end(End::Completed);
-                complete(member);
                 set.release();
-                has_its_memory
-            }
-        };
-        let worker = thread::spawn({
-            let next = next.clone();
-            move || {
-                complete(one);
-                next()
+                told
             }
         });
-        old.end(End::Completed);
-        old.release();
-        complete(other);
-        let here = next();
-        let there = worker.join().unwrap();
-        assert_exact(&registry, 4, 0, 0);
-        assert_eq!(registry.sets_listed(), 0);
-        assert_eq!(Arc::strong_count(&value), 1, "nothing of it is kept");
-        (here, there)
+        registry.cancel_all();
+        let told = server.join().unwrap();
+        serve(&registry);
+        assert!(registry.snapshot().totals.is_exact());
+        told
     });
-    assert!(seen.contains(&(true, false)) && seen.contains(&(false, true)), "{seen:?}");
+    assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn a_set_that_is_over_as_the_last_handle_goes_is_not_kept() {
+    outcomes_with_kept_sets(|| {
+        let registry = TaskRegistry::new();
+        let owner = Arc::downgrade(&registry.config().owner);
+        serve(&registry);
+        let set = set(&registry);
+        let member = enter(&set).unwrap();
+        set.end(End::Completed);
+        set.release();
+        let worker = thread::spawn(move || complete(member));
+        drop(registry);
+        worker.join().unwrap();
+        assert_eq!(owner.strong_count(), 0);
+    });
 }

@@ -119,14 +119,17 @@ fn make() -> Option<Arc<Set>> {
     // Mostly there is none, and that is seen for less.
     let context =
         if Scope::is_nowhere() { RequestContext::new() } else { RequestContext::current() };
-    let set = HERE.with(|here| {
-        let current = match here.take() {
-            Current::Unasked(layer) => Current::Set(Set::new(layer, context), JUST_MADE),
-            made => made,
-        };
-        let set = current.set();
-        here.put(current);
-        set
+    let set = HERE.with(|here| match here.take() {
+        Current::Unasked(layer) => {
+            let set = Set::new(&layer, context);
+            here.put(Current::Set(set.clone(), JUST_MADE));
+            Some(set)
+        }
+        made => {
+            let set = made.set();
+            here.put(made);
+            set
+        }
     })?;
     if let Some(at) = UNTIL.with(Cell::get) {
         set.expect_limit(at);

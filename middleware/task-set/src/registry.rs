@@ -31,7 +31,10 @@ use crate::{
 ///
 /// Dropping it changes nothing: tasks go on, and are still counted for those who have a clone.
 #[derive(Clone)]
-pub struct TaskRegistry(Arc<Config>);
+pub struct TaskRegistry {
+    config: Arc<Config>,
+    _users: Option<Arc<Users>>,
+}
 
 /// A registry's owner, and the choices made on one of its handles or layers.
 #[derive(Clone)]
@@ -49,15 +52,18 @@ pub(crate) struct Config {
 impl TaskRegistry {
     /// A registry of its own, without a limit.
     pub fn new() -> Self {
-        Self(Arc::new(Config {
-            owner: Arc::default(),
+        let owner: Arc<Owner> = Arc::default();
+        let users = Some(Arc::new(Users(owner.clone())));
+        let config = Config {
+            owner,
             limit: None,
             runtime: None,
             observer: None,
             log: Arc::default(),
             policy: Policy::default(),
             layer: Policy::default(),
-        }))
+        };
+        Self { config: Arc::new(config), _users: users }
     }
 
     /// No more tasks at once than `limit` says: those that are too many are refused.
@@ -332,17 +338,18 @@ impl TaskRegistry {
         self.owner().snapshot()
     }
 
+    /// Not a user: for a moment.
     pub(crate) const fn of(config: Arc<Config>) -> Self {
-        Self(config)
+        Self { config, _users: None }
     }
 
-    pub(crate) fn config(&self) -> &Arc<Config> {
-        &self.0
+    pub(crate) const fn config(&self) -> &Arc<Config> {
+        &self.config
     }
 
     pub(crate) fn admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket), Refusal> {
         loop {
-            let Some(set) = self.owner().own_set(&self.0) else {
+            let Some(set) = self.owner().own_set(&self.config) else {
                 self.owner().refuse(plan.name);
                 return Err(Refusal::Because(SpawnError::Closed));
             };
@@ -365,21 +372,25 @@ impl TaskRegistry {
     }
 
     fn owner(&self) -> &Arc<Owner> {
-        &self.0.owner
+        &self.config.owner
     }
 
     #[cfg(all(test, loom))]
     pub(crate) fn own_set(&self) -> Option<Arc<Set>> {
-        self.owner().own_set(&self.0)
+        self.owner().own_set(&self.config)
     }
 
     #[cfg(test)]
     pub(crate) fn sets_listed(&self) -> usize {
-        self.owner().sets().len()
+        let listed = |shard: &Shard| {
+            let sets = lock(&shard.0);
+            sets.listed.iter().flatten().count() - sets.spare.len()
+        };
+        self.owner().shards.iter().map(listed).sum()
     }
 
-    fn choose(&mut self) -> &mut Config {
-        Arc::make_mut(&mut self.0)
+    pub(crate) fn choose(&mut self) -> &mut Config {
+        Arc::make_mut(&mut self.config)
     }
 }
 
@@ -394,7 +405,7 @@ impl fmt::Debug for TaskRegistry {
         f.debug_struct("TaskRegistry")
             .field("len", &self.len())
             .field("is_closed", &self.is_closed())
-            .field("limit", &self.0.limit)
+            .field("limit", &self.config.limit)
             .finish_non_exhaustive()
     }
 }
@@ -438,18 +449,41 @@ pub(crate) struct Owner {
     changed: Arc<Notify>,
 }
 
+/// What all handles and layers of a registry have, and its sets have not.
+struct Users(Arc<Owner>);
+
+impl Drop for Users {
+    // No request wants a set any more; and each has the owner, which has it.
+    fn drop(&mut self) {
+        for shard in &self.0.shards {
+            let mut sets = lock(&shard.0);
+            sets.abandoned = true;
+            let spare = sets.take_spare();
+            drop(sets);
+            drop(spare);
+        }
+    }
+}
+
 /// A set stays in the shard of the thread that made it. Apart by a cache line or two.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Shard(Mutex<Sets>);
 
 #[derive(Debug, Default)]
-struct Sets {
-    /// Those that are not over. Strong references: with weak ones a snapshot would miss a set that
-    /// is gone but not yet counted, and could be the one to drop it, under a lock.
+pub(crate) struct Sets {
+    /// Those that are not over, and those that are spare. Strong references: with weak ones a snapshot
+    /// would miss a set that is gone but not yet counted, and could be the one to drop it, under a
+    /// lock.
     listed: Vec<Option<Arc<Set>>>,
+    /// Where none is.
     free: Vec<usize>,
-    /// Those that are over.
+    /// Where one is that is over: for the next request on the runtime that was seen last. It keeps
+    /// its counts, and goes on from there.
+    spare: Vec<usize>,
+    /// It has no [`Users`] any more.
+    abandoned: bool,
+    /// Those that are over and not listed.
     base: Base,
     closed: bool,
     /// Takes no task that belongs to no request.
@@ -472,17 +506,75 @@ impl Sets {
         self.own.as_ref().filter(serves).cloned()
     }
 
-    /// Makes a set and takes it in. Tells it whether the registry is closed.
+    pub(crate) const fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Takes in a set that is [blank](Set::is_blank), and nobody else's: a spare one, if there is one.
+    ///
+    /// `here`: on the runtime that was seen last. If not, on none.
     #[expect(clippy::inline_always, reason = "in one of two places")]
     #[inline(always)]
-    fn insert(&mut self, shard: usize, make: impl FnOnce(Place, bool) -> Arc<Set>) -> Arc<Set> {
-        let index = self.free.pop().unwrap_or_else(|| {
+    pub(crate) fn add(&mut self, here: bool, config: &Arc<Config>) -> &mut Arc<Set> {
+        let spare = if here { self.spare.pop() } else { None };
+        let index = match spare {
+            Some(index) if self.is_nobodys(index) => index,
+            spare => self.add_new(here, spare, config),
+        };
+        self.listed[index].as_mut().expect("it was added")
+    }
+
+    #[inline]
+    fn is_nobodys(&self, index: usize) -> bool {
+        self.listed[index].as_ref().is_some_and(|set| Arc::strong_count(set) == 1)
+    }
+
+    /// Instead of one that was spare, and that somebody still has.
+    #[inline(never)]
+    fn add_new(&mut self, here: bool, other: Option<usize>, config: &Arc<Config>) -> usize {
+        if let Some(other) = other {
+            self.unlist(other);
+        }
+        let index = self.place();
+        let runtime = self.runtime.clone().filter(|_| here);
+        let place = Place { shard: this_shard(), index };
+        self.listed[index] = Some(Set::blank(config.clone(), place, runtime));
+        index
+    }
+
+    /// One where no set is.
+    fn place(&mut self) -> usize {
+        self.free.pop().unwrap_or_else(|| {
             self.listed.push(None);
             self.listed.len() - 1
-        });
-        let set = make(Place { shard, index }, self.closed);
-        self.listed[index] = Some(set.clone());
+        })
+    }
+
+    /// Counts a set that was spare.
+    #[cold]
+    #[inline(never)]
+    fn unlist(&mut self, index: usize) -> Option<Arc<Set>> {
+        let set = self.listed[index].take();
+        if let Some(set) = &set {
+            set.add_to(&mut self.base, None);
+        }
+        self.free.push(index);
         set
+    }
+
+    fn take_spare(&mut self) -> Vec<Arc<Set>> {
+        mem::take(&mut self.spare).into_iter().filter_map(|index| self.unlist(index)).collect()
+    }
+
+    /// Whether it has a use for one more set that is spare, and on this runtime.
+    fn wants_spare(&self, runtime: Option<&Arc<Runtime>>) -> bool {
+        /// Of 1 to 4 kB each.
+        const MOST: usize = 8;
+        let is_here = match (runtime, &self.runtime) {
+            (Some(its), Some(here)) => Arc::ptr_eq(its, here),
+            _ => false,
+        };
+        is_here && self.spare.len() < MOST && !self.abandoned
     }
 
     /// All that a snapshot does under the lock. Never inlined, for a bench counts its instructions.
@@ -510,16 +602,32 @@ pub(crate) struct Place {
 impl Owner {
     const SHARDS: usize = if cfg!(loom) { 1 } else { 8 };
 
-    /// Makes a set and takes it in.
+    /// Keeps a set that is over, and [blank](Set::is_blank), as a spare one; if there is a use for it.
     #[inline]
-    pub(crate) fn list(
-        self: &Arc<Self>,
-        handle: Option<&Handle>,
-        make: impl FnOnce(Place, Option<Arc<Runtime>>, bool) -> Arc<Set>,
-    ) -> Arc<Set> {
-        let shard = this_shard();
-        let (mut sets, runtime) = self.lock_for(shard, handle);
-        sets.insert(shard, |place, closed| make(place, runtime, closed))
+    pub(crate) fn keep(&self, set: &Set) -> bool {
+        let Place { shard, index } = set.place;
+        let mut sets = lock(&self.shards[shard].0);
+        let wanted = sets.wants_spare(set.runtime());
+        if wanted {
+            sets.spare.push(index);
+        }
+        wanted
+    }
+
+    /// The same for one that has [retired](Self::retire), and is nobody else's.
+    pub(crate) fn take_back(&self, mut set: Arc<Set>) {
+        let shard = set.place.shard;
+        let mut sets = lock(&self.shards[shard].0);
+        if !sets.wants_spare(set.runtime()) {
+            // It is dropped after the lock is released.
+            return;
+        }
+        let index = sets.place();
+        if let Some(set) = Arc::get_mut(&mut set) {
+            set.place = Place { shard, index };
+        }
+        sets.listed[index] = Some(set);
+        sets.spare.push(index);
     }
 
     /// The set of the tasks that belong to no request, or `None` when closed.
@@ -534,7 +642,7 @@ impl Owner {
             return Some(own);
         }
         drop(sets);
-        let (mut sets, runtime) = self.lock_for(shard, handle.as_ref());
+        let mut sets = self.lock_for(handle.as_ref());
         // All may be different by now.
         if !sets.takes_own() {
             return None;
@@ -542,7 +650,9 @@ impl Owner {
         if let Some(own) = sets.own_for(config, handle.as_ref()) {
             return Some(own);
         }
-        let set = sets.insert(shard, |place, _| Set::own(config.clone(), place, runtime));
+        let set = sets.add(handle.is_some(), config);
+        Arc::get_mut(set).expect("it is nobody else's").begin_own(config);
+        let set = set.clone();
         // One that was made with other choices, or elsewhere, is over when its tasks are.
         let other = sets.own.replace(set.clone());
         drop(sets);
@@ -552,38 +662,38 @@ impl Owner {
         Some(set)
     }
 
-    /// A shard that is about to have a set on this runtime.
+    /// A shard that is about to have a set: on this runtime, which is the one that it has seen last.
     #[expect(clippy::inline_always, reason = "in one of two places")]
     #[inline(always)]
-    fn lock_for(
-        self: &Arc<Self>,
-        shard: usize,
-        handle: Option<&Handle>,
-    ) -> (MutexGuard<'_, Sets>, Option<Arc<Runtime>>) {
-        let sets = lock(&self.shards[shard].0);
-        let Some(handle) = handle else { return (sets, None) };
-        match &sets.runtime {
-            Some(runtime) if runtime.handle.id() == handle.id() => {
-                let runtime = runtime.clone();
-                (sets, Some(runtime))
+    pub(crate) fn lock_for(self: &Arc<Self>, handle: Option<&Handle>) -> MutexGuard<'_, Sets> {
+        let shard = this_shard();
+        loop {
+            let sets = lock(&self.shards[shard].0);
+            let Some(handle) = handle else { return sets };
+            match &sets.runtime {
+                Some(runtime) if runtime.handle.id() == handle.id() => return sets,
+                _ => {}
             }
-            _ => {
-                drop(sets);
-                let runtime = self.see_runtime(shard, handle);
-                (lock(&self.shards[shard].0), Some(runtime))
-            }
+            drop(sets);
+            self.see_runtime(shard, handle);
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn see_runtime(self: &Arc<Self>, shard: usize, handle: &Handle) -> Arc<Runtime> {
+    fn see_runtime(self: &Arc<Self>, shard: usize, handle: &Handle) {
         let runtime = self.runtime(handle.clone());
-        // The last that is known of a runtime is the code of others: dropped when the lock is not
-        // held any more.
-        let before = lock(&self.shards[shard].0).runtime.replace(runtime.clone());
+        let mut sets = lock(&self.shards[shard].0);
+        let before = (sets.runtime.replace(runtime), sets.take_spare());
+        drop(sets);
+        // The last that is known of a runtime is the code of others.
         drop(before);
-        runtime
+    }
+
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn runtimes_known(&self) -> Vec<tokio::runtime::Id> {
+        let runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
+        runtimes.iter().map(|runtime| runtime.handle.id()).collect()
     }
 
     pub(crate) fn runtime(self: &Arc<Self>, handle: Handle) -> Arc<Runtime> {
@@ -667,7 +777,7 @@ impl Owner {
         self.changed.clone().notified_owned()
     }
 
-    /// The sets that are not over.
+    /// The sets that are not over, and some that are.
     pub(crate) fn sets(&self) -> Vec<Arc<Set>> {
         self.shards.iter().flat_map(|shard| lock(&shard.0).listed()).collect()
     }

@@ -4,7 +4,6 @@ mod reading;
 
 use std::{
     any::Any,
-    cell::RefCell,
     fmt, mem,
     panic::Location,
     pin::pin,
@@ -55,25 +54,12 @@ const FAILED: u8 = 1 << 5;
 /// The registry has a limit.
 const LIMITED: u8 = 1 << 6;
 
-#[cfg(not(loom))]
-thread_local! {
-    /// Memory for the next sets that this thread makes: of some that were over, and nobody's.
-    static SPARES: RefCell<Spares> = const { RefCell::new(SmallVec::new_const()) };
-}
-#[cfg(loom)]
-loom::thread_local! {
-    static SPARES: RefCell<Spares> = RefCell::new(SmallVec::new());
-}
-
-/// As many as are over at about the same time on a thread with many requests, of 1 to 4 kB each.
-type Spares = SmallVec<[Arc<Set>; 8]>;
-
 /// So many tasks are woken for each lock.
 const WAKERS: usize = 32;
 
 /// One request's tasks: all that is known of them, in one allocation, under one lock.
 ///
-/// When nobody has it any more, its memory is [spare](Self::release).
+/// When it is over, its registry may [keep](Owner::keep) it for another request.
 #[repr(C)]
 pub(crate) struct Set {
     /// First, beside the count of references: what is written again and again.
@@ -84,8 +70,7 @@ pub(crate) struct Set {
     own: bool,
     /// What its tasks hold, and so may not wait for.
     level: Level,
-    /// `None` while it is spare.
-    config: Option<Arc<Config>>,
+    config: Arc<Config>,
     context: RequestContext,
     runtime: Option<Arc<Runtime>>,
     born: Instant,
@@ -100,85 +85,47 @@ impl Set {
     /// Of a request.
     // In one place, and never inlined: it is what a request pays that asks for its set.
     #[inline(never)]
-    pub(crate) fn new(config: Arc<Config>, context: RequestContext) -> Arc<Self> {
+    pub(crate) fn new(config: &Arc<Config>, context: RequestContext) -> Arc<Self> {
         let handle = match &config.runtime {
             Some(runtime) => Some(runtime.clone()),
             None => Handle::try_current().ok(),
         };
-        let owner = config.owner.clone();
-        owner.list(handle.as_ref(), |place, runtime, closed| {
-            Self::make(config, context, place, runtime, closed, false)
-        })
-    }
-
-    /// Of the registry.
-    pub(crate) fn own(
-        config: Arc<Config>,
-        place: registry::Place,
-        runtime: Option<Arc<Runtime>>,
-    ) -> Arc<Self> {
-        Self::make(config, RequestContext::new(), place, runtime, false, true)
-    }
-
-    #[expect(clippy::inline_always, reason = "in one of two places, with arguments on the stack")]
-    #[inline(always)]
-    fn make(
-        config: Arc<Config>,
-        context: RequestContext,
-        place: registry::Place,
-        runtime: Option<Arc<Runtime>>,
-        closed: bool,
-        own: bool,
-    ) -> Arc<Self> {
-        // A set of the registry has tasks from many places.
-        let has_limits = !own && Limits::are_here();
-        let limits = if has_limits { Limits::current() } else { Limits::default() };
+        let limits = if Limits::are_here() { Limits::current() } else { Limits::default() };
         let level = match &config.limit {
             Some(_) => Level::Task,
-            None if own => Level::Free,
             // Of a service that is called in process: who has called it waits for its tasks.
             None => Level::current(),
         };
-        let mut marks = 0;
-        if !context.is_empty() {
-            marks |= CONTEXT;
-        }
-        if level != Level::Free {
-            marks |= LEVEL;
-        }
-        let is_chosen = config.runtime.is_some() || runtime.is_none();
-        if is_chosen || !limits.is_empty() || config.observer.is_some() {
-            marks |= CARE;
-        }
-        if config.limit.is_some() {
-            marks |= LIMITED;
-        }
         let born = Instant::now();
-        let spare = SPARES.try_with(|spares| spares.borrow_mut().pop()).ok().flatten();
-        let mut set = spare.unwrap_or_else(|| Self::blank(place, born));
-        let new = Arc::get_mut(&mut set).expect("a spare one is nobody else's");
-        debug_assert!(new.is_blank());
-        fill(&mut new.config, Some(config));
-        fill(&mut new.context, context);
-        fill(&mut new.runtime, runtime);
-        fill(&mut new.limits, limits);
-        new.born = born;
-        new.place = place;
-        new.own = own;
-        new.level = level;
-        new.marks.store(marks, Ordering::Relaxed);
-        get_mut(&mut new.inner).begin(closed, own);
-        set
+        let mut sets = config.owner.lock_for(handle.as_ref());
+        let closed = sets.is_closed();
+        let set = sets.add(handle.is_some(), config);
+        let new = Arc::get_mut(set).expect("it is nobody else's");
+        new.begin(config, context, limits, level, born);
+        get_mut(&mut new.inner).begin(closed, false);
+        set.clone()
     }
 
-    /// One that is spare.
+    /// Of the registry: its tasks are from many places.
+    pub(crate) fn begin_own(&mut self, config: &Arc<Config>) {
+        let level = if config.limit.is_some() { Level::Task } else { Level::Free };
+        self.begin(config, RequestContext::new(), Limits::default(), level, Instant::now());
+        self.own = true;
+        get_mut(&mut self.inner).begin(false, true);
+    }
+
+    /// One that is [blank](Self::is_blank).
     #[inline(never)]
-    fn blank(place: registry::Place, born: Instant) -> Arc<Self> {
+    pub(crate) fn blank(
+        config: Arc<Config>,
+        place: registry::Place,
+        runtime: Option<Arc<Runtime>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
-            config: None,
+            config,
             context: RequestContext::new(),
-            born,
-            runtime: None,
+            born: Instant::now(),
+            runtime,
             late_runtime: OnceLock::new(),
             place,
             own: false,
@@ -189,76 +136,81 @@ impl Set {
         })
     }
 
-    /// Lets go of it. If nobody else has it, it is over, and its memory is for the next set that this
-    /// thread makes.
+    /// Begins, as it is [blank](Self::is_blank).
+    #[expect(clippy::inline_always, reason = "in one of two places, with arguments on the stack")]
+    #[inline(always)]
+    fn begin(
+        &mut self,
+        config: &Arc<Config>,
+        context: RequestContext,
+        limits: Limits,
+        level: Level,
+        born: Instant,
+    ) {
+        debug_assert!(self.is_blank());
+        let mut marks = 0;
+        if !context.is_empty() {
+            marks |= CONTEXT;
+        }
+        if level != Level::Free {
+            marks |= LEVEL;
+        }
+        let is_chosen = config.runtime.is_some() || self.runtime.is_none();
+        if is_chosen || !limits.is_empty() || config.observer.is_some() {
+            marks |= CARE;
+        }
+        if config.limit.is_some() {
+            marks |= LIMITED;
+        }
+        if !Arc::ptr_eq(&self.config, config) {
+            self.config = config.clone();
+        }
+        fill(&mut self.context, context);
+        fill(&mut self.limits, limits);
+        self.born = born;
+        self.own = false;
+        self.level = level;
+        self.marks.store(marks, Ordering::Relaxed);
+    }
+
+    /// Lets go of it. If it has [retired](Self::retire), and nobody else has it, it is for another
+    /// request.
     #[inline]
     pub(crate) fn release(self: Arc<Self>) {
         // Two who let go at once may both see the other: then it is just freed.
         if Arc::strong_count(&self) == 1 {
-            self.spare();
+            self.recycle();
         }
     }
 
     // Values, wakers and a runtime are the code of others: dropped in the end.
     #[inline(never)]
-    fn spare(mut self: Arc<Self>) {
+    fn recycle(mut self: Arc<Self>) {
         let Some(set) = Arc::get_mut(&mut self) else { return };
-        if set.marks() & (CONTEXT | CARE) != 0 || get_mut(&mut set.inner).has_more() {
-            return self.spare_with_care();
+        // Its runtime is a chosen one, or an observer is the code of others.
+        if set.config.runtime.is_some() || set.config.observer.is_some() {
+            return;
         }
-        let _owner = set.clear();
-        self.into_spare();
-    }
-
-    /// The same if it has what few sets have.
-    #[inline(never)]
-    fn spare_with_care(mut self: Arc<Self>) {
-        let Some(set) = Arc::get_mut(&mut self) else { return };
         let _context = mem::take(&mut set.context);
         let _limits = mem::take(&mut set.limits);
         let _late_runtime = set.late_runtime.take();
-        let _more = get_mut(&mut set.inner).take_more();
-        let _owner = set.clear();
-        self.into_spare();
+        let _more = get_mut(&mut set.inner).clear();
+        let config = set.config.clone();
+        config.owner.take_back(self);
     }
 
-    #[inline]
-    fn clear(&mut self) -> (Option<Arc<Config>>, Option<Arc<Runtime>>) {
-        get_mut(&mut self.inner).clear();
-        (self.config.take(), self.runtime.take())
-    }
-
-    #[inline]
-    fn into_spare(self: Arc<Self>) {
-        let _ = SPARES.try_with(|spares| {
-            let mut spares = spares.borrow_mut();
-            if spares.len() < spares.inline_size() {
-                spares.push(self);
-            }
-        });
-    }
-
-    /// Whether there is nothing in it but memory.
+    /// Whether there is nothing in it but counts, and memory for some tasks.
     fn is_blank(&mut self) -> bool {
-        let is_nobodys = self.config.is_none() && self.runtime.is_none();
         let is_nowhere = self.context.is_empty() && self.limits.is_empty();
-        is_nobodys
-            && is_nowhere
-            && self.late_runtime.get().is_none()
-            && !get_mut(&mut self.inner).has_more()
-    }
-
-    #[inline]
-    fn config(&self) -> &Arc<Config> {
-        self.config.as_ref().expect("it is not spare")
+        is_nowhere && self.late_runtime.get().is_none() && get_mut(&mut self.inner).is_blank()
     }
 
     pub(crate) fn owner(&self) -> &Arc<Owner> {
-        &self.config().owner
+        &self.config.owner
     }
 
     pub(crate) fn is_of(&self, config: &Arc<Config>) -> bool {
-        Arc::ptr_eq(self.config(), config)
+        Arc::ptr_eq(&self.config, config)
     }
 
     /// Whether it is the registry's, for tasks that belong to no request.
@@ -286,7 +238,7 @@ impl Set {
     }
 
     #[inline]
-    fn runtime(&self) -> Option<&Arc<Runtime>> {
+    pub(crate) fn runtime(&self) -> Option<&Arc<Runtime>> {
         self.runtime.as_ref().or_else(|| self.late_runtime.get())
     }
 
@@ -315,10 +267,12 @@ impl Set {
         let idle = inner.rare.as_mut().and_then(|rare| rare.idle.take());
         self.forget(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
         let over = inner.is_over(self.own);
+        let has_none = !self.own && self.marks() & (CONTEXT | CARE | ORDERS) == 0;
+        let is_blank = has_none && inner.is_blank();
         drop(inner);
         notify(idle);
-        if over {
-            self.owner().retire(self);
+        if over && !(is_blank && self.owner().keep(self)) {
+            self.retire();
         }
     }
 
@@ -376,7 +330,7 @@ impl Set {
 
     #[inline(never)]
     fn take_room(&self, inner: &Inner) -> bool {
-        self.config().limit.as_ref().is_none_or(|limit| {
+        self.config.limit.as_ref().is_none_or(|limit| {
             let has_share = self.own || (inner.live as usize) < limit.limit_per_request();
             // What a request has of its share is counted elsewhere once somebody waits for it.
             has_share && inner.rare.is_none() && limit.try_take()
@@ -438,7 +392,7 @@ impl Set {
             }
         };
         let (slot, generation, kind) = inner.take_in(plan.name, plan.site, since);
-        let has_home = home.is_some() || self.config().observer.is_some();
+        let has_home = home.is_some() || self.config.observer.is_some();
         if plan.has_choices() || lifetime.is_some() || has_home {
             self.enter_with(inner, plan, runtime, slot, lifetime, home);
         } else {
@@ -471,7 +425,7 @@ impl Set {
         if let (Some((at, _)), Some(runtime)) = (keys.into_iter().flatten().min(), runtime) {
             runtime.wind(at);
         }
-        if let Some(observer) = &self.config().observer {
+        if let Some(observer) = &self.config.observer {
             // As it is counted, and as it will be told to have ended.
             let (name, site) = self.name_and_site(slot);
             let event = TaskEvent::Started { name, site };
@@ -498,7 +452,7 @@ impl Set {
         if let Some(full) = full {
             return Err(Denial::Full(full));
         }
-        if let Some(limit) = &self.config().limit {
+        if let Some(limit) = &self.config.limit {
             match inner.share() {
                 None if self.own || (inner.live as usize) < limit.limit_per_request() => {}
                 None => return Err(Denial::Share),
@@ -522,7 +476,7 @@ impl Set {
         plan: &Plan<'_>,
         denial: Denial,
     ) -> Refusal {
-        let full = match (denial, &self.config().limit) {
+        let full = match (denial, &self.config.limit) {
             (Denial::Full(full), _) => full,
             (Denial::Share, Some(limit)) if plan.waits() => {
                 let live = inner.live;
@@ -540,7 +494,7 @@ impl Set {
             (Denial::Share, None) => return self.refuse(inner, plan, SpawnError::Full),
             (Denial::Because(reason), _) => return self.refuse(inner, plan, reason),
         };
-        let is_own = self.config().limit.as_ref().is_some_and(|limit| limit.ptr_eq(&full));
+        let is_own = self.config.limit.as_ref().is_some_and(|limit| limit.ptr_eq(&full));
         let taken = inner.share().cloned().filter(|_| is_own);
         let refusal = if plan.waits() {
             // Whoever waits may never come back, and an empty set of the registry's that stays listed
@@ -608,7 +562,7 @@ impl Set {
             grace: plan.grace(self.policy(inner)),
             trace_id: home.as_ref().and_then(|home| home.trace_id),
             home,
-            started: self.config().observer.as_ref().map(|_| Instant::now()),
+            started: self.config.observer.as_ref().map(|_| Instant::now()),
             ..Extra::default()
         }
     }
@@ -648,7 +602,7 @@ impl Set {
             self.owner().refuse_late(self.place, plan.name);
             return None;
         }
-        Some(TaskRegistry::of(self.config().clone()))
+        Some(TaskRegistry::of(self.config.clone()))
     }
 
     /// The runtime, if it still runs tasks.
@@ -658,7 +612,7 @@ impl Set {
             None => self.late_runtime()?,
         };
         // The set's own code runs on a runtime that lives; if it is not another's that was chosen.
-        let is_here = self.config().runtime.is_none() && place::slot_of(self).is_some();
+        let is_here = self.config.runtime.is_none() && place::slot_of(self).is_some();
         (is_here || runtime.is_alive()).then_some(runtime)
     }
 
@@ -771,7 +725,7 @@ impl Set {
 
     #[inline]
     fn give_back(&self) {
-        if let Some(limit) = &self.config().limit {
+        if let Some(limit) = &self.config.limit {
             limit.release();
         }
     }
@@ -812,7 +766,7 @@ impl Set {
         let (home, started) = (extra.home.take(), extra.started);
         drop(inner);
         // An observer, values and a span: the code of others.
-        if let (Some(observer), Some(started)) = (&self.config().observer, started) {
+        if let (Some(observer), Some(started)) = (&self.config.observer, started) {
             let (name, site) = self.name_and_site(slot);
             let event = TaskEvent::Ended { name, site, outcome, elapsed: started.elapsed() };
             self.call("observer", || observer.observe(&event));
@@ -849,7 +803,7 @@ impl Set {
     pub(crate) fn end(self: &Arc<Self>, end: End) {
         let mut inner = self.lock();
         // Most have tasks, which have a while, and nothing else.
-        let chosen = self.config().policy.get(end).unwrap_or_default();
+        let chosen = self.config.policy.get(end).unwrap_or_default();
         let is_held = inner.holds > 0;
         if is_held || inner.live == 0 || !inner.is_plain() || !Lifetime::is_far(chosen) {
             return self.end_with_care(inner, end);
@@ -1307,7 +1261,7 @@ impl Set {
     }
 
     fn policy<'a>(&'a self, inner: &'a Inner) -> &'a Policy {
-        inner.rare.as_ref().and_then(|rare| rare.policy.as_ref()).unwrap_or(&self.config().policy)
+        inner.rare.as_ref().and_then(|rare| rare.policy.as_ref()).unwrap_or(&self.config.policy)
     }
 
     /// Adds what was chosen on the set, or by a layer further inside.
@@ -1316,7 +1270,7 @@ impl Set {
             return;
         }
         let mut inner = self.lock();
-        inner.rare_mut().policy.get_or_insert_with(|| self.config().policy.clone()).add(chosen);
+        inner.rare_mut().policy.get_or_insert_with(|| self.config.policy.clone()).add(chosen);
     }
 
     /// Whether it could still be held.
@@ -1391,7 +1345,7 @@ impl Set {
         let result = catch(f);
         // For the ids: nothing need be current here.
         let tell = |panic| {
-            self.context.clone().sync_scope(|| self.config().log.tell_callback(panic, callback));
+            self.context.clone().sync_scope(|| self.config.log.tell_callback(panic, callback));
         };
         result.map_err(tell).ok()
     }
@@ -1402,7 +1356,7 @@ impl Set {
         panic: Option<&Panic>,
         what: &'static str,
     ) {
-        let Some(suppressed) = self.config().log.admit() else { return };
+        let Some(suppressed) = self.config.log.admit() else { return };
         // The subscriber is the code of others.
         drop(catch(|| {
             let here = RequestContext::current();
@@ -1570,7 +1524,7 @@ mod tests {
             (&[timed_out, completed], timed_out),
         ] {
             let registry = TaskRegistry::new();
-            let set = Set::new(registry.config().clone(), RequestContext::new());
+            let set = Set::new(registry.config(), RequestContext::new());
             assert!(set.hold());
             for end in ends {
                 set.end(*end);
@@ -1584,7 +1538,7 @@ mod tests {
     #[test]
     fn a_set_that_is_held_is_open_while_its_tasks_live() {
         let registry = TaskRegistry::new();
-        let set = Set::new(registry.config().clone(), RequestContext::new());
+        let set = Set::new(registry.config(), RequestContext::new());
         let plan = Plan::new("task", Location::caller());
         let lives = set.enter(&plan, None).expect("it is open").member(&set);
         assert!(set.hold());
@@ -1605,14 +1559,14 @@ mod tests {
     fn a_set_of_a_closed_registry_is_not_open() {
         let registry = TaskRegistry::new();
         registry.close();
-        let set = Set::new(registry.config().clone(), RequestContext::new());
+        let set = Set::new(registry.config(), RequestContext::new());
         assert!(!set.lock().is_open());
     }
 
     #[test]
     fn counts_beyond_32_bits_are_right() {
         let registry = TaskRegistry::new();
-        let set = Set::new(registry.config().clone(), RequestContext::new());
+        let set = Set::new(registry.config(), RequestContext::new());
         let plan = Plan::new("task", Location::caller());
         drop(set.enter(&plan, None).expect("it is open").member(&set));
         let many = 3 * u64::from(u32::MAX);
@@ -1634,15 +1588,16 @@ mod tests {
         let value = Arc::new(());
         let runtime = Builder::new_current_thread().enable_all().start_paused(true).build();
         let runtime = runtime.expect("a runtime");
-        let first = TaskRegistry::new().limit(SpawnLimit::new(30)).on_panic(OnPanic::FailResponse);
-        let set = Set::new(first.config().clone(), RequestContext::new().with(value.clone()));
+        let _here = runtime.enter();
+        let first = TaskRegistry::new();
+        let limited = first.clone().limit(SpawnLimit::new(30)).on_panic(OnPanic::FailResponse);
+        let set = Set::new(limited.config(), RequestContext::new().with(value.clone()));
         let memory = Arc::as_ptr(&set);
         runtime.block_on(async {
             let mut chosen = Policy::default();
             chosen.at_end(AtEnd::Keep);
             set.add_policy(&chosen);
-            set.expect_limit(Instant::now());
-            // The first takes this runtime as the late one.
+            set.expect_limit(Instant::now() + Duration::from_secs(3_600));
             let sites = [0; 20].map(|_| "task").into_iter().chain(["a", "b", "c", "d", "e"]);
             let members: Vec<_> = sites
                 .map(|name| Plan::new(name, Location::caller()))
@@ -1658,7 +1613,7 @@ mod tests {
             set.panicked(0, &panic);
             assert!(set.poll_failed(&Context::from_waker(Waker::noop())).is_ready());
             assert!(set.hold());
-            first.close();
+            set.close();
             set.cancel(Cause::Shutdown);
             set.end(End::TimedOut);
             set.let_go();
@@ -1668,44 +1623,108 @@ mod tests {
         set.release();
         assert_eq!(Arc::strong_count(&value), 1, "it keeps nothing of others");
         assert_eq!(Arc::strong_count(&woken), 1);
-        let owner = Arc::downgrade(&first.config().owner);
-        drop(first);
-        assert_eq!(owner.strong_count(), 0, "nor its registry");
-        drop(runtime);
 
-        let second = TaskRegistry::new();
-        let set = Set::new(second.config().clone(), RequestContext::new());
+        let set = Set::new(first.config(), RequestContext::new());
         assert_eq!(Arc::as_ptr(&set), memory);
         assert_eq!((set.len(), set.ended(), set.deadline()), (0, None, None));
-        assert!(set.context.is_empty() && set.limits.is_empty() && set.runtime().is_none());
-        assert_eq!((set.marks(), set.level(), set.is_own()), (CARE, Level::Free, false));
+        assert!(set.context.is_empty() && set.limits.is_empty());
+        assert_eq!((set.marks(), set.level(), set.is_own()), (0, Level::Free, false));
         assert!(
             !set.is_gone() && set.poll_failed(&Context::from_waker(Waker::noop())).is_pending()
         );
-        assert!(second.snapshot().by_name.is_empty(), "it has had no task");
         let plan = Plan::new("another", Location::caller());
         let members = [(); 3].map(|()| set.enter(&plan, None).expect("no limit").member(&set));
         assert_eq!(set.policy(&set.lock()).get(End::Completed), None);
         assert!(set.wait(members[0].slot, Waker::noop()).is_none());
-        let snapshot = second.snapshot();
-        assert_eq!(snapshot.by_name.keys().collect::<Vec<_>>(), [&"another"]);
-        assert_eq!((snapshot.totals.spawned, snapshot.live_tasks.len()), (3, 3));
+        let snapshot = first.snapshot();
+        assert_eq!(snapshot.by_name["another"].spawned, 3);
+        assert_eq!((snapshot.totals.spawned, snapshot.live_tasks.len()), (25 + 3, 3));
         for task in &snapshot.live_tasks {
             assert!(task.age < Duration::from_secs(60), "{task}");
             assert_eq!(task.state, TaskState::Running);
         }
-        assert!(snapshot.forced_tasks.is_empty());
+        assert_eq!(snapshot.forced_tasks.len(), 25, "no more");
         set.end(End::Completed);
         drop(members);
-        assert_eq!(second.snapshot().totals.aborted, 3);
-        assert_eq!(second.sets_listed(), 0);
+        assert_eq!(first.sets_listed(), 0);
         set.release();
 
-        let third = TaskRegistry::new();
-        let set = Set::new(third.config().clone(), RequestContext::new());
+        let set = Set::new(first.config(), RequestContext::new());
         assert_eq!(Arc::as_ptr(&set), memory);
+        assert_eq!(first.snapshot().by_name["another"].aborted, 3, "still");
+        assert!(first.snapshot().totals.is_exact());
         set.end(End::Completed);
-        assert_eq!((third.sets_listed(), third.snapshot().by_name.len()), (0, 0));
+        set.release();
+        assert_eq!(first.sets_listed(), 0);
+    }
+
+    #[test]
+    fn sets_that_are_kept_are_gone_with_all_who_could_have_a_request() {
+        let runtime = Builder::new_current_thread().build().expect("a runtime");
+        let _here = runtime.enter();
+        for with_value in [false, true] {
+            let registry = TaskRegistry::new();
+            let layer = crate::TaskSetLayer::new(&registry);
+            let owner = Arc::downgrade(&registry.config().owner);
+            let context = || {
+                let context = RequestContext::new();
+                if with_value { context.with(1) } else { context }
+            };
+            let sets = [(); 3].map(|()| Set::new(registry.config(), context()));
+            let [one, other, last] = sets;
+            let plan = Plan::new("task", Location::caller());
+            let (own, ticket) = registry.admit(&plan).expect("it is open");
+            drop(ticket.member(&own));
+            own.release();
+            for set in [one, other] {
+                set.end(End::Completed);
+                set.release();
+            }
+            drop(registry);
+            let clone = layer.clone();
+            drop(layer);
+            assert!(owner.strong_count() > 0);
+            drop(clone);
+            // That is not over yet, and is not kept then.
+            assert!(owner.strong_count() > 0);
+            last.end(End::Completed);
+            last.release();
+            assert_eq!(owner.strong_count(), 0);
+        }
+    }
+
+    #[test]
+    fn a_set_is_kept_for_requests_of_its_runtime() {
+        let runtimes = [(); 3].map(|()| Builder::new_current_thread().build().expect("one"));
+        let [one, other, third] = runtimes;
+        let registry = TaskRegistry::new();
+        let on = |runtime: &tokio::runtime::Runtime| {
+            let _here = runtime.enter();
+            let set = Set::new(registry.config(), RequestContext::new());
+            assert!(set.is_on(Some(runtime.handle())));
+            let plan = Plan::new("task", Location::caller());
+            drop(set.enter(&plan, set.runtime()).expect("it is open").member(&set));
+            set.end(End::Completed);
+            let memory = Arc::as_ptr(&set);
+            set.release();
+            memory
+        };
+        assert_eq!(on(&one), on(&one));
+        on(&other);
+        assert_eq!(on(&other), on(&other));
+        // One that is on no runtime takes none of it.
+        let set = Set::new(registry.config(), RequestContext::new());
+        assert!(set.is_on(None));
+        set.end(End::Completed);
+        set.release();
+        let handle = other.handle().clone();
+        drop(other);
+        on(&one);
+        on(&third);
+        let counts = registry.snapshot().totals;
+        assert!(counts.aborted == 7 && counts.is_exact(), "{counts:?}");
+        let runtimes = registry.config().owner.runtimes_known();
+        assert!(!runtimes.contains(&handle.id()), "what nobody needs any more is not kept");
     }
 
     struct Woken;
@@ -1716,10 +1735,12 @@ mod tests {
 
     #[test]
     fn each_task_has_its_own_place_whatever_memory_its_set_finds() {
+        let runtime = Builder::new_current_thread().build().expect("a runtime");
+        let _here = runtime.enter();
         let registry = TaskRegistry::new();
         let plan = Plan::new("task", Location::caller());
         for tasks in [1, 4, 5, 64, 65, 300, 5, 1_000, 300, 9, 64, 2_000, 16] {
-            let set = Set::new(registry.config().clone(), RequestContext::new());
+            let set = Set::new(registry.config(), RequestContext::new());
             let enter = |_| set.enter(&plan, None).expect("it is open").member(&set);
             let members: Vec<_> = (0..tasks).map(enter).collect();
             let slots: BTreeSet<_> = members.iter().map(|member| member.slot).collect();
@@ -1733,24 +1754,61 @@ mod tests {
     }
 
     #[test]
-    fn what_others_still_have_is_never_spare() {
+    fn what_others_still_have_is_for_no_other_request() {
+        let runtime = Builder::new_current_thread().build().expect("a runtime");
+        let _here = runtime.enter();
         let registry = TaskRegistry::new();
-        let make = || Set::new(registry.config().clone(), RequestContext::new());
+        let make = || Set::new(registry.config(), RequestContext::new());
+        let plan = Plan::new("task", Location::caller());
         let (set, other) = (make(), make());
+        drop(set.enter(&plan, None).expect("it is open").member(&set));
         let kept = set.clone();
         set.end(End::Completed);
         set.release();
         assert_eq!(kept.ended(), Some(End::Completed), "as it was");
-        assert_ne!(Arc::as_ptr(&make()), Arc::as_ptr(&kept));
+        let next = make();
+        assert_ne!(Arc::as_ptr(&next), Arc::as_ptr(&kept));
+        // It is counted all the same, and what comes too late too.
+        assert_eq!(registry.snapshot().totals.aborted, 1);
+        assert!(kept.enter(&plan, None).is_err());
+        assert_eq!(registry.snapshot().totals.refused, 1);
         // Not over: the registry has it.
         other.release();
         assert_ne!(Arc::as_ptr(&make()), Arc::as_ptr(&kept));
+        assert_eq!(registry.sets_listed(), 3);
+    }
+
+    #[test]
+    fn what_is_done_to_all_sets_does_nothing_to_those_that_come_after() {
+        let runtime = Builder::new_current_thread().build().expect("a runtime");
+        let _here = runtime.enter();
+        let registry = TaskRegistry::new();
+        let plan = Plan::new("task", Location::caller());
+        let make = || Set::new(registry.config(), RequestContext::new());
+        let set = make();
+        let memory = Arc::as_ptr(&set);
+        set.end(End::Completed);
+        set.release();
+        registry.cancel_all();
+        registry.abort_all();
+        registry.begin_drain();
+        let set = make();
+        assert_eq!(Arc::as_ptr(&set), memory);
+        let member = set.enter(&plan, None).expect("the registry is not closed").member(&set);
+        assert!(!set.has_orders());
+        set.end(End::Completed);
+        drop(member);
+        set.release();
+        registry.close();
+        let set = make();
+        assert_eq!(Arc::as_ptr(&set), memory);
+        assert!(set.enter(&plan, None).is_err(), "it is closed now");
     }
 
     #[test]
     fn many_kinds_in_one_set_are_told_apart() {
         let registry = TaskRegistry::new();
-        let set = Set::new(registry.config().clone(), RequestContext::new());
+        let set = Set::new(registry.config(), RequestContext::new());
         let site = Location::caller();
         let names: Vec<&'static str> =
             (0..100).map(|n| &*Box::leak(n.to_string().into_boxed_str())).collect();

@@ -80,20 +80,19 @@ fn added(layer: &TaskSetLayer, handler: impl Fn() + 'static) -> u64 {
 }
 
 /// A service whose requests ask for their sets, and do nothing else.
-fn asking() -> impl Service<Request<()>> {
-    let layer = TaskSetLayer::new(&TaskRegistry::new());
+fn asking(layer: &TaskSetLayer) -> impl Service<Request<()>> {
     layer.layer(service(Arc::new(|| drop(TaskSet::current().unwrap()))))
 }
 
-/// So many sets that are over a thread keeps the memory of.
+/// So many sets that are over a registry keeps for a thread.
 const KEPT: usize = 8;
 
 /// The same for a request that finds no memory of another: those of others have it.
 fn added_at_first(layer: &TaskSetLayer, handler: impl Fn() + 'static) -> u64 {
     fn beside<S: Service<Request<()>>>(
+        mut others: impl Service<Request<()>>,
         mut service: S,
     ) -> impl Service<Request<()>, Response = S::Response, Error = S::Error> {
-        let mut others = asking();
         service_fn(move |request| {
             let others: [_; KEPT + 1] = array::from_fn(|_| others.call(Request::new(())));
             let response = service.call(request);
@@ -104,8 +103,8 @@ fn added_at_first(layer: &TaskSetLayer, handler: impl Fn() + 'static) -> u64 {
             }
         })
     }
-    let bare = of_request(beside(service(Arc::new(|| {}))));
-    of_request(beside(layer.layer(service(Arc::new(handler))))) - bare
+    let bare = of_request(beside(asking(layer), service(Arc::new(|| {}))));
+    of_request(beside(asking(layer), layer.layer(service(Arc::new(handler))))) - bare
 }
 
 fn layers() -> [TaskSetLayer; 3] {
@@ -186,8 +185,11 @@ fn a_request_after_another_has_its_memory_and_costs_one_allocation_for_each_task
 
 #[test]
 fn some_requests_at_once_have_the_memory_of_as_many_before() {
+    let runtime = runtime();
+    let _here = runtime.enter();
+    let [layer, ..] = layers();
     let at_once = |requests: usize| {
-        let mut service = asking();
+        let mut service = asking(&layer);
         let mut calls = Vec::with_capacity(requests);
         let mut serve = || {
             calls.extend((0..requests).map(|_| service.call(Request::new(()))));

@@ -347,35 +347,15 @@ impl Default for Inner {
 }
 
 impl Inner {
-    /// Belongs to a set from now on.
-    pub(super) fn begin(&mut self, closed: bool, own: bool) {
-        self.closed = closed;
-        self.shut = closed;
-        if own {
-            self.lifetime = Some(Lifetime::begin(AtEnd::Keep));
-        }
-    }
-
-    /// Whether it has what few sets have, and what is dropped is the code of others.
-    #[inline]
-    pub(super) fn has_more(&self) -> bool {
-        self.response.is_some() || self.rare.is_some()
-    }
-
-    pub(super) fn take_more(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
-        (self.response.take(), self.rare.take())
-    }
-
-    /// As new, but for some memory, and the entries in that: no task lives, so all are free. It has
-    /// no [more](Self::has_more) than that.
+    /// Is that of another set from now on, as it is [blank](Self::is_blank).
     #[expect(clippy::inline_always, reason = "in one of two places, for each set")]
     #[inline(always)]
-    pub(super) fn clear(&mut self) {
+    pub(super) fn begin(&mut self, closed: bool, own: bool) {
         // Each by its name, or one could be forgotten.
         let Self {
-            live,
-            free,
-            closed,
+            live: _,
+            free: _,
+            closed: is_closed,
             draining,
             cancelled,
             shut,
@@ -383,34 +363,21 @@ impl Inner {
             end,
             watch,
             held_end,
-            kinds,
-            tasks,
-            extras,
+            kinds: _,
+            tasks: _,
+            extras: _,
             clock,
-            holds,
+            holds: _,
             order,
             next_timeout,
             lifetime,
-            response: None,
-            rare: None,
-        } = self
-        else {
-            unreachable!("they were taken");
-        };
-        debug_assert_eq!((*live, *holds), (0, 0), "who is in it has it");
-        debug_assert!(extras.is_empty(), "nor has a task that lives no more any");
-        if tasks.len() > ENTRIES_KEPT {
-            *tasks = SmallVec::new();
-            *free = NONE;
-        }
-        kinds.clear();
-        if extras.capacity() > EXTRAS_KEPT {
-            *extras = Vec::new();
-        }
-        *closed = false;
+            response: _,
+            rare: _,
+        } = self;
+        *is_closed = closed;
         *draining = false;
         *cancelled = false;
-        *shut = false;
+        *shut = closed;
         *stage = Stage::Counting;
         *end = None;
         *watch = Watch::Unneeded;
@@ -418,7 +385,33 @@ impl Inner {
         *clock = Clock::default();
         *order = None;
         *next_timeout = None;
-        *lifetime = None;
+        *lifetime = own.then(|| Lifetime::begin(AtEnd::Keep));
+    }
+
+    /// Whether there is nothing in it but counts, and memory for some tasks.
+    #[inline]
+    pub(super) fn is_blank(&self) -> bool {
+        let is_small = self.tasks.len() <= ENTRIES_KEPT && self.extras.capacity() <= EXTRAS_KEPT;
+        let has_more = self.response.is_some() || self.rare.is_some();
+        (self.live, self.holds) == (0, 0)
+            && is_small
+            && !has_more
+            && self.extras.is_empty()
+            && self.kinds.rest.is_empty()
+    }
+
+    /// Makes it [blank](Self::is_blank): no task lives. Its counts are lost, and what was the code of
+    /// others comes back.
+    pub(super) fn clear(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
+        if self.tasks.len() > ENTRIES_KEPT {
+            self.tasks = SmallVec::new();
+            self.free = NONE;
+        }
+        if self.extras.capacity() > EXTRAS_KEPT {
+            self.extras = Vec::new();
+        }
+        self.kinds.clear();
+        (self.response.take(), self.rare.take())
     }
 
     /// Adds the counts of a set that is over.
