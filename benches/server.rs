@@ -58,7 +58,7 @@ fn main() {
             let quick = args.contains(&"--quick");
             let mut budgets = Budgets::default();
             if has_valgrind() {
-                instructions(if quick { 200 } else { 1000 }, &mut budgets);
+                instructions(if quick { 150 } else { 900 }, &mut budgets);
             }
             cancel_latency(if quick { "200" } else { "1000" }, &mut budgets);
             budgets.print();
@@ -203,8 +203,8 @@ fn total(way: &str, path: &str, requests: usize) -> f64 {
     stdout.read_line(&mut port).expect("it prints its port");
     let port: u16 = port.trim().parse().expect("a port");
     let mut connection = connect(SocketAddr::from(([127, 0, 0, 1], port)));
-    for _ in 0..requests {
-        ask(&mut connection, path, b"answer");
+    for headers in CLIENTS.into_iter().cycle().take(requests) {
+        ask(&mut connection, path, headers, b"answer");
     }
     // Also ends its input.
     let output = server.wait_with_output().expect("it ends");
@@ -217,9 +217,31 @@ fn connect(address: SocketAddr) -> TcpStream {
     connection
 }
 
+/// What curl, Requests and Firefox send besides the host. In turn: what a request costs depends on
+/// its headers, and on the state of the heap that these leave behind.
+const CLIENTS: [&str; 3] = [
+    "User-Agent: curl/8.14.1\r\n\
+     Accept: */*\r\n",
+    "User-Agent: python-requests/2.32.5\r\n\
+     Accept-Encoding: gzip, deflate\r\n\
+     Accept: */*\r\n\
+     Connection: keep-alive\r\n",
+    "User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0\r\n\
+     Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8\r\n\
+     Accept-Language: en-US,en;q=0.5\r\n\
+     Accept-Encoding: gzip, deflate, br, zstd\r\n\
+     Connection: keep-alive\r\n\
+     Upgrade-Insecure-Requests: 1\r\n\
+     Sec-Fetch-Dest: document\r\n\
+     Sec-Fetch-Mode: navigate\r\n\
+     Sec-Fetch-Site: none\r\n\
+     Sec-Fetch-User: ?1\r\n\
+     Priority: u=0, i\r\n",
+];
+
 /// Sends a request, and waits until this part of the response's body has come.
-fn ask(connection: &mut TcpStream, path: &str, until: &[u8]) {
-    let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+fn ask(connection: &mut TcpStream, path: &str, headers: &str, until: &[u8]) {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n");
     connection.write_all(request.as_bytes()).expect("the server reads");
     let mut response = Vec::new();
     let mut buffer = [0; 1024];
@@ -240,7 +262,7 @@ fn instructions(requests: usize, budgets: &mut Budgets) {
         "ours, all layers",
     ];
     let paths = ["/plain", "/ready", "/waits", "/sleeps"];
-    let warm_up = 100;
+    let warm_up = 150;
     let runs: Vec<_> = ways
         .iter()
         .flat_map(|way| paths.map(|path| (way, path)))
@@ -349,7 +371,7 @@ fn disconnect(way: &str, workers: bool, connections: usize) {
     });
     let open = |connection: usize| {
         let mut client = connect(address);
-        ask(&mut client, &format!("/stream/{connection}"), b"hello\r\n");
+        ask(&mut client, &format!("/stream/{connection}"), CLIENTS[0], b"hello\r\n");
         client
     };
     let mut clients: Vec<_> = (0..connections).map(open).collect();
