@@ -1806,6 +1806,34 @@ mod tests {
     }
 
     #[test]
+    fn whatever_names_the_requests_before_had_each_is_counted() {
+        let runtime = Builder::new_current_thread().build().expect("a runtime");
+        let _here = runtime.enter();
+        let names: Vec<&'static str> =
+            (0..40).map(|n| &*Box::leak(n.to_string().into_boxed_str())).collect();
+        for different in [1, 2, 4, 5, 7, 40] {
+            let registry = TaskRegistry::new();
+            let mut expected = std::collections::BTreeMap::new();
+            for request in 0..100 {
+                let set = Set::new(registry.config(), RequestContext::new());
+                assert!(set.lock().kinds.iter().count() <= 4, "what it keeps is small");
+                for task in 0..request % 6 {
+                    let name = names[(7 * request + 5 * task) % different];
+                    let plan = Plan::new(name, Location::caller());
+                    drop(set.enter(&plan, None).expect("it is open").member(&set));
+                    *expected.entry(name).or_insert(0) += 1;
+                }
+                set.end(End::Completed);
+                set.release();
+            }
+            assert_eq!(registry.config().owner.sets().len(), 1, "it was always the same");
+            let by_name = registry.snapshot().by_name;
+            let counted = by_name.into_iter().map(|(name, counts)| (name, counts.aborted));
+            assert_eq!(counted.collect::<Vec<_>>(), expected.into_iter().collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
     fn many_kinds_in_one_set_are_told_apart() {
         let registry = TaskRegistry::new();
         let set = Set::new(registry.config(), RequestContext::new());

@@ -391,13 +391,11 @@ impl Inner {
     /// Whether there is nothing in it but counts, and memory for some tasks.
     #[inline]
     pub(super) fn is_blank(&self) -> bool {
-        let is_small = self.tasks.len() <= ENTRIES_KEPT && self.extras.capacity() <= EXTRAS_KEPT;
+        let is_small = self.tasks.len() <= ENTRIES_KEPT
+            && self.extras.capacity() <= EXTRAS_KEPT
+            && !self.kinds.rest.spilled();
         let has_more = self.response.is_some() || self.rare.is_some();
-        (self.live, self.holds) == (0, 0)
-            && is_small
-            && !has_more
-            && self.extras.is_empty()
-            && self.kinds.rest.is_empty()
+        (self.live, self.holds) == (0, 0) && is_small && !has_more && self.extras.is_empty()
     }
 
     /// Makes it [blank](Self::is_blank): no task lives. Its counts are lost, and what was the code of
