@@ -187,7 +187,7 @@ impl fmt::Display for TaskState {
     }
 }
 
-/// The counts of one set for one name and spawn site. What lives is counted where it is listed.
+/// The counts of one set, and of those before it in its place, for one name and spawn site. What lives is counted where it is listed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kind {
     pub(crate) name: &'static str,
@@ -251,7 +251,7 @@ impl Kind {
     }
 }
 
-/// The counts of the sets that are over, by name.
+/// The counts of the sets that are over and not listed any more, by name.
 ///
 /// A name is found by its address, and the few texts that have several are merged in a snapshot.
 #[derive(Debug, Default)]

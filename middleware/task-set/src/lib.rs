@@ -7,7 +7,7 @@
 //!
 //! [`TaskSetLayer`] goes inside of layers whose values or ids the tasks shall have, and outside of
 //! whatever asks for the set. A request that does not ask costs no allocation. One that does mostly
-//! finds the memory of a request before: a registry keeps some of it, some kilobytes for each thread.
+//! finds the memory of a request before: a registry keeps that of up to 64, at most 5 kB each.
 //!
 //! # Example
 //!

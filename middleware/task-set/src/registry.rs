@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::runtime::Handle;
+use tokio::runtime;
 use tower_catch_unwind::Log;
 use tower_response_end::End;
 use tower_spawn_limit::{Refused, SpawnError, SpawnLimit};
@@ -31,7 +31,10 @@ use crate::{
 ///
 /// Dropping it changes nothing: tasks go on, and are still counted for those who have a clone.
 #[derive(Clone)]
-pub struct TaskRegistry {
+pub struct TaskRegistry(Arc<Handle>);
+
+#[derive(Clone)]
+struct Handle {
     config: Arc<Config>,
     _users: Option<Arc<Users>>,
 }
@@ -41,7 +44,7 @@ pub struct TaskRegistry {
 pub(crate) struct Config {
     pub(crate) owner: Arc<Owner>,
     pub(crate) limit: Option<SpawnLimit>,
-    pub(crate) runtime: Option<Handle>,
+    pub(crate) runtime: Option<runtime::Handle>,
     pub(crate) observer: Option<Arc<dyn Observe>>,
     pub(crate) log: Arc<Log>,
     pub(crate) policy: Policy,
@@ -63,7 +66,7 @@ impl TaskRegistry {
             policy: Policy::default(),
             layer: Policy::default(),
         };
-        Self { config: Arc::new(config), _users: users }
+        Self(Arc::new(Handle { config: Arc::new(config), _users: users }))
     }
 
     /// No more tasks at once than `limit` says: those that are too many are refused.
@@ -74,7 +77,7 @@ impl TaskRegistry {
 
     /// Runs the tasks on this runtime. The default is the one that is current when a request's set
     /// is first asked for.
-    pub fn runtime(mut self, runtime: Handle) -> Self {
+    pub fn runtime(mut self, runtime: runtime::Handle) -> Self {
         self.choose().runtime = Some(runtime);
         self
     }
@@ -338,18 +341,18 @@ impl TaskRegistry {
         self.owner().snapshot()
     }
 
-    /// Not a user: for a moment.
-    pub(crate) const fn of(config: Arc<Config>) -> Self {
-        Self { config, _users: None }
+    /// Not one of the [`Users`]: nobody may keep it.
+    pub(crate) fn of(config: Arc<Config>) -> Self {
+        Self(Arc::new(Handle { config, _users: None }))
     }
 
-    pub(crate) const fn config(&self) -> &Arc<Config> {
-        &self.config
+    pub(crate) fn config(&self) -> &Arc<Config> {
+        &self.0.config
     }
 
     pub(crate) fn admit(&self, plan: &Plan<'_>) -> Result<(Arc<Set>, Ticket), Refusal> {
         loop {
-            let Some(set) = self.owner().own_set(&self.config) else {
+            let Some(set) = self.owner().own_set(self.config()) else {
                 self.owner().refuse(plan.name);
                 return Err(Refusal::Because(SpawnError::Closed));
             };
@@ -372,25 +375,31 @@ impl TaskRegistry {
     }
 
     fn owner(&self) -> &Arc<Owner> {
-        &self.config.owner
+        &self.0.config.owner
     }
 
     #[cfg(all(test, loom))]
     pub(crate) fn own_set(&self) -> Option<Arc<Set>> {
-        self.owner().own_set(&self.config)
+        self.owner().own_set(self.config())
     }
 
     #[cfg(test)]
     pub(crate) fn sets_listed(&self) -> usize {
-        let listed = |shard: &Shard| {
+        self.owner().sets().len()
+    }
+
+    /// How many places there are for sets, and how many of these are spare.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn places(&self) -> [usize; 2] {
+        let places = self.owner().shards.iter().map(|shard| {
             let sets = lock(&shard.0);
-            sets.listed.iter().flatten().count() - sets.spare.len()
-        };
-        self.owner().shards.iter().map(listed).sum()
+            [sets.listed.len(), sets.spare.len()]
+        });
+        places.fold([0; 2], |sum, places| [sum[0] + places[0], sum[1] + places[1]])
     }
 
     pub(crate) fn choose(&mut self) -> &mut Config {
-        Arc::make_mut(&mut self.config)
+        Arc::make_mut(&mut Arc::make_mut(&mut self.0).config)
     }
 }
 
@@ -405,7 +414,7 @@ impl fmt::Debug for TaskRegistry {
         f.debug_struct("TaskRegistry")
             .field("len", &self.len())
             .field("is_closed", &self.is_closed())
-            .field("limit", &self.config.limit)
+            .field("limit", &self.config().limit)
             .finish_non_exhaustive()
     }
 }
@@ -442,11 +451,22 @@ fn demand_drained(snapshot: &Snapshot) {
 ///
 /// Lock order: a shard, then a set in it, then a runtime's deadlines. No code of others runs under
 /// any of them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Owner {
     shards: [Shard; Self::SHARDS],
     runtimes: std::sync::Mutex<Vec<Arc<Runtime>>>,
     changed: Arc<Notify>,
+}
+
+impl Default for Owner {
+    fn default() -> Self {
+        let shard = |number| Shard(Mutex::new(Sets { number, ..Sets::default() }));
+        Self {
+            shards: std::array::from_fn(shard),
+            runtimes: std::sync::Mutex::default(),
+            changed: Arc::default(),
+        }
+    }
 }
 
 /// What all handles and layers of a registry have, and its sets have not.
@@ -458,7 +478,8 @@ impl Drop for Users {
         for shard in &self.0.shards {
             let mut sets = lock(&shard.0);
             sets.abandoned = true;
-            let spare = sets.take_spare();
+            let spare = mem::take(&mut sets.spare);
+            let spare: Vec<_> = spare.into_iter().map(|index| sets.unlist(index)).collect();
             drop(sets);
             drop(spare);
         }
@@ -466,7 +487,7 @@ impl Drop for Users {
 }
 
 /// A set stays in the shard of the thread that made it. Apart by a cache line or two.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(align(128))]
 struct Shard(Mutex<Sets>);
 
@@ -478,9 +499,10 @@ pub(crate) struct Sets {
     listed: Vec<Option<Arc<Set>>>,
     /// Where none is.
     free: Vec<usize>,
-    /// Where one is that is over: for the next request on the runtime that was seen last. It keeps
-    /// its counts, and goes on from there.
+    /// Where one is that is over: for the next request. It keeps its counts, and goes on from there.
+    /// It is on the runtime that was seen last, or on none yet.
     spare: Vec<usize>,
+    number: usize,
     /// It has no [`Users`] any more.
     abandoned: bool,
     /// Those that are over and not listed.
@@ -501,7 +523,7 @@ impl Sets {
     }
 
     /// The set of the tasks that belong to no request, if it serves here.
-    fn own_for(&self, config: &Arc<Config>, handle: Option<&Handle>) -> Option<Arc<Set>> {
+    fn own_for(&self, config: &Arc<Config>, handle: Option<&runtime::Handle>) -> Option<Arc<Set>> {
         let serves = |own: &&Arc<Set>| own.is_of(config) && own.is_on(handle) && !own.is_gone();
         self.own.as_ref().filter(serves).cloned()
     }
@@ -510,44 +532,53 @@ impl Sets {
         self.closed
     }
 
-    /// Takes in a set that is [blank](Set::is_blank), and nobody else's: a spare one, if there is one.
+    /// A set that is [blank](Set::is_blank) and nobody else's, for who has this lock: a spare one if
+    /// there is one, else a new one. And one that was spare, and is not any more: to be dropped when
+    /// the lock is not held.
     ///
     /// `here`: on the runtime that was seen last. If not, on none.
     #[expect(clippy::inline_always, reason = "in one of two places")]
     #[inline(always)]
-    pub(crate) fn add(&mut self, here: bool, config: &Arc<Config>) -> &mut Arc<Set> {
+    pub(crate) fn take(
+        &mut self,
+        here: bool,
+        config: &Arc<Config>,
+    ) -> (Option<Arc<Set>>, &mut Arc<Set>) {
         let spare = if here { self.spare.pop() } else { None };
+        let mut lost = None;
         let index = match spare {
-            Some(index) if self.is_nobodys(index) => index,
-            spare => self.add_new(here, spare, config),
+            Some(index) if self.is_ours(index) => index,
+            spare => {
+                lost = spare.and_then(|index| self.unlist(index));
+                self.add(here, config)
+            }
         };
-        self.listed[index].as_mut().expect("it was added")
+        let set = self.listed[index].as_mut().expect("it is there");
+        (lost, set)
     }
 
+    /// Whether a set that was spare is so still. Who had it then may have it yet, or have chosen
+    /// something since.
     #[inline]
-    fn is_nobodys(&self, index: usize) -> bool {
-        self.listed[index].as_ref().is_some_and(|set| Arc::strong_count(set) == 1)
+    fn is_ours(&mut self, index: usize) -> bool {
+        let set = self.listed[index].as_mut().and_then(Arc::get_mut);
+        set.is_some_and(|set| set.is_blank() && set.puts_on(self.runtime.as_ref()))
     }
 
-    /// Instead of one that was spare, and that somebody still has.
     #[inline(never)]
-    fn add_new(&mut self, here: bool, other: Option<usize>, config: &Arc<Config>) -> usize {
-        if let Some(other) = other {
-            self.unlist(other);
-        }
-        let index = self.place();
+    fn add(&mut self, here: bool, config: &Arc<Config>) -> usize {
+        let place = self.free_place();
         let runtime = self.runtime.clone().filter(|_| here);
-        let place = Place { shard: this_shard(), index };
-        self.listed[index] = Some(Set::blank(config.clone(), place, runtime));
-        index
+        self.listed[place.index] = Some(Set::blank(config.clone(), place, runtime));
+        place.index
     }
 
-    /// One where no set is.
-    fn place(&mut self) -> usize {
-        self.free.pop().unwrap_or_else(|| {
+    fn free_place(&mut self) -> Place {
+        let index = self.free.pop().unwrap_or_else(|| {
             self.listed.push(None);
             self.listed.len() - 1
-        })
+        });
+        Place { shard: self.number, index }
     }
 
     /// Counts a set that was spare.
@@ -562,19 +593,24 @@ impl Sets {
         set
     }
 
-    fn take_spare(&mut self) -> Vec<Arc<Set>> {
-        mem::take(&mut self.spare).into_iter().filter_map(|index| self.unlist(index)).collect()
+    /// The runtime that is seen now. What is known of the one before is the code of others: to be
+    /// dropped when the lock is not held.
+    #[cold]
+    fn see(&mut self, runtime: Arc<Runtime>) -> Before {
+        let runtime = self.runtime.replace(runtime);
+        let spare = self.spare.iter().filter_map(|index| {
+            let set = Arc::get_mut(self.listed[*index].as_mut()?)?;
+            set.take_runtime()
+        });
+        let spare = spare.collect();
+        Before { _runtime: runtime, _spare: spare }
     }
 
-    /// Whether it has a use for one more set that is spare, and on this runtime.
-    fn wants_spare(&self, runtime: Option<&Arc<Runtime>>) -> bool {
-        /// Of 1 to 4 kB each.
+    /// Whether it has a use for one more set that is spare.
+    const fn wants_spare(&self) -> bool {
+        /// Of at most 5 kB each.
         const MOST: usize = 8;
-        let is_here = match (runtime, &self.runtime) {
-            (Some(its), Some(here)) => Arc::ptr_eq(its, here),
-            _ => false,
-        };
-        is_here && self.spare.len() < MOST && !self.abandoned
+        self.spare.len() < MOST && !self.abandoned
     }
 
     /// All that a snapshot does under the lock. Never inlined, for a bench counts its instructions.
@@ -584,12 +620,29 @@ impl Sets {
         (self.base.counts(), self.base.forced.clone(), self.listed())
     }
 
-    fn listed(&self) -> Vec<Arc<Set>> {
+    fn in_use(&self) -> Vec<Arc<Set>> {
+        let in_use = |(index, set): (usize, &Option<Arc<Set>>)| {
+            if self.spare.contains(&index) { None } else { set.clone() }
+        };
         // Not grown step by step, for the lock is held.
+        let mut sets = Vec::with_capacity(self.listed.len());
+        sets.extend(self.listed.iter().enumerate().filter_map(in_use));
+        sets
+    }
+
+    /// With those that are spare: they have counts, and perhaps nothing else.
+    fn listed(&self) -> Vec<Arc<Set>> {
+        // As above.
         let mut sets = Vec::with_capacity(self.listed.len());
         sets.extend(self.listed.iter().flatten().cloned());
         sets
     }
+}
+
+/// What was known of the runtime that a shard has seen before.
+pub(crate) struct Before {
+    _runtime: Option<Arc<Runtime>>,
+    _spare: Vec<Arc<Runtime>>,
 }
 
 /// A set's place in its owner.
@@ -602,37 +655,38 @@ pub(crate) struct Place {
 impl Owner {
     const SHARDS: usize = if cfg!(loom) { 1 } else { 8 };
 
-    /// Keeps a set that is over, and [blank](Set::is_blank), as a spare one; if there is a use for it.
+    /// Whether a set that is over, and [blank](Set::is_blank), is spare from now on; else it is to
+    /// [retire](Self::retire).
     #[inline]
-    pub(crate) fn keep(&self, set: &Set) -> bool {
+    pub(crate) fn spare(&self, set: &Set) -> bool {
         let Place { shard, index } = set.place;
         let mut sets = lock(&self.shards[shard].0);
-        let wanted = sets.wants_spare(set.runtime());
-        if wanted {
+        let is_here = match (set.runtime(), &sets.runtime) {
+            (Some(its), Some(here)) => Arc::ptr_eq(its, here),
+            _ => false,
+        };
+        let is_spare = is_here && sets.wants_spare();
+        if is_spare {
             sets.spare.push(index);
         }
-        wanted
+        is_spare
     }
 
-    /// The same for one that has [retired](Self::retire), and is nobody else's.
-    pub(crate) fn take_back(&self, mut set: Arc<Set>) {
-        let shard = set.place.shard;
-        let mut sets = lock(&self.shards[shard].0);
-        if !sets.wants_spare(set.runtime()) {
-            // It is dropped after the lock is released.
-            return;
+    /// Takes one that has retired, and is nobody else's, for a spare one; or drops it.
+    pub(crate) fn spare_retired(&self, mut set: Arc<Set>) {
+        let Some(blank) = Arc::get_mut(&mut set) else { return };
+        let mut sets = lock(&self.shards[blank.place.shard].0);
+        if sets.wants_spare() {
+            blank.place = sets.free_place();
+            let Place { index, .. } = blank.place;
+            sets.listed[index] = Some(set);
+            sets.spare.push(index);
         }
-        let index = sets.place();
-        if let Some(set) = Arc::get_mut(&mut set) {
-            set.place = Place { shard, index };
-        }
-        sets.listed[index] = Some(set);
-        sets.spare.push(index);
     }
 
     /// The set of the tasks that belong to no request, or `None` when closed.
     fn own_set(self: &Arc<Self>, config: &Arc<Config>) -> Option<Arc<Set>> {
-        let handle = config.runtime.clone().or_else(|| Handle::try_current().ok());
+        let handle = config.runtime.clone().or_else(|| runtime::Handle::try_current().ok());
         let shard = this_shard();
         let sets = lock(&self.shards[shard].0);
         if !sets.takes_own() {
@@ -642,7 +696,7 @@ impl Owner {
             return Some(own);
         }
         drop(sets);
-        let mut sets = self.lock_for(handle.as_ref());
+        let (_before, mut sets) = self.lock_for(handle.as_ref());
         // All may be different by now.
         if !sets.takes_own() {
             return None;
@@ -650,12 +704,13 @@ impl Owner {
         if let Some(own) = sets.own_for(config, handle.as_ref()) {
             return Some(own);
         }
-        let set = sets.add(handle.is_some(), config);
+        let (lost, set) = sets.take(handle.is_some(), config);
         Arc::get_mut(set).expect("it is nobody else's").begin_own(config);
         let set = set.clone();
         // One that was made with other choices, or elsewhere, is over when its tasks are.
         let other = sets.own.replace(set.clone());
         drop(sets);
+        drop(lost);
         if let Some(other) = other {
             other.disown();
         }
@@ -663,41 +718,30 @@ impl Owner {
     }
 
     /// A shard that is about to have a set: on this runtime, which is the one that it has seen last.
+    ///
+    /// Before the guard comes what is to be dropped after it.
     #[expect(clippy::inline_always, reason = "in one of two places")]
     #[inline(always)]
-    pub(crate) fn lock_for(self: &Arc<Self>, handle: Option<&Handle>) -> MutexGuard<'_, Sets> {
-        let shard = this_shard();
-        loop {
-            let sets = lock(&self.shards[shard].0);
-            let Some(handle) = handle else { return sets };
-            match &sets.runtime {
-                Some(runtime) if runtime.handle.id() == handle.id() => return sets,
-                _ => {}
+    pub(crate) fn lock_for(
+        self: &Arc<Self>,
+        handle: Option<&runtime::Handle>,
+    ) -> (Option<Before>, MutexGuard<'_, Sets>) {
+        let shard = &self.shards[this_shard()].0;
+        let sets = lock(shard);
+        let Some(handle) = handle else { return (None, sets) };
+        match &sets.runtime {
+            Some(runtime) if runtime.handle.id() == handle.id() => (None, sets),
+            _ => {
+                drop(sets);
+                let runtime = self.runtime(handle.clone());
+                let mut sets = lock(shard);
+                (Some(sets.see(runtime)), sets)
             }
-            drop(sets);
-            self.see_runtime(shard, handle);
         }
     }
 
-    #[cold]
-    #[inline(never)]
-    fn see_runtime(self: &Arc<Self>, shard: usize, handle: &Handle) {
-        let runtime = self.runtime(handle.clone());
-        let mut sets = lock(&self.shards[shard].0);
-        let before = (sets.runtime.replace(runtime), sets.take_spare());
-        drop(sets);
-        // The last that is known of a runtime is the code of others.
-        drop(before);
-    }
-
-    #[cfg(all(test, not(loom)))]
-    pub(crate) fn runtimes_known(&self) -> Vec<tokio::runtime::Id> {
-        let runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
-        runtimes.iter().map(|runtime| runtime.handle.id()).collect()
-    }
-
-    pub(crate) fn runtime(self: &Arc<Self>, handle: Handle) -> Arc<Runtime> {
-        // As above.
+    pub(crate) fn runtime(self: &Arc<Self>, handle: runtime::Handle) -> Arc<Runtime> {
+        // The last that is known of a runtime is the code of others: dropped when the lock is not held.
         let _gone: Vec<_>;
         let mut runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
         // One that only this list has was shut down, or has no tasks of ours.
@@ -711,6 +755,12 @@ impl Owner {
                 runtime
             }
         }
+    }
+
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn runtimes_known(&self) -> Vec<runtime::Id> {
+        let runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
+        runtimes.iter().map(|runtime| runtime.handle.id()).collect()
     }
 
     /// Counts an attempt that no set counts any more.
@@ -777,9 +827,9 @@ impl Owner {
         self.changed.clone().notified_owned()
     }
 
-    /// The sets that are not over, and some that are.
+    /// The sets that are not over, or were not just now.
     pub(crate) fn sets(&self) -> Vec<Arc<Set>> {
-        self.shards.iter().flat_map(|shard| lock(&shard.0).listed()).collect()
+        self.shards.iter().flat_map(|shard| lock(&shard.0).in_use()).collect()
     }
 
     fn snapshot(&self) -> Snapshot {

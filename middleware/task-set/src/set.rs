@@ -59,7 +59,7 @@ const WAKERS: usize = 32;
 
 /// One request's tasks: all that is known of them, in one allocation, under one lock.
 ///
-/// When it is over, its registry may [keep](Owner::keep) it for another request.
+/// When it is over, it may be a [spare](Owner::spare) one, for another request.
 #[repr(C)]
 pub(crate) struct Set {
     /// First, beside the count of references: what is written again and again.
@@ -70,7 +70,8 @@ pub(crate) struct Set {
     own: bool,
     /// What its tasks hold, and so may not wait for.
     level: Level,
-    config: Arc<Config>,
+    /// `None` for some while it is spare.
+    config: Option<Arc<Config>>,
     context: RequestContext,
     runtime: Option<Arc<Runtime>>,
     born: Instant,
@@ -97,9 +98,12 @@ impl Set {
             None => Level::current(),
         };
         let born = Instant::now();
-        let mut sets = config.owner.lock_for(handle.as_ref());
+        // Dropped when the lock is not held any more, as is what comes before it.
+        let _lost;
+        let (_before, mut sets) = config.owner.lock_for(handle.as_ref());
         let closed = sets.is_closed();
-        let set = sets.add(handle.is_some(), config);
+        let set;
+        (_lost, set) = sets.take(handle.is_some(), config);
         let new = Arc::get_mut(set).expect("it is nobody else's");
         new.begin(config, context, limits, level, born);
         get_mut(&mut new.inner).begin(closed, false);
@@ -122,7 +126,7 @@ impl Set {
         runtime: Option<Arc<Runtime>>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            config,
+            config: Some(config),
             context: RequestContext::new(),
             born: Instant::now(),
             runtime,
@@ -147,7 +151,6 @@ impl Set {
         level: Level,
         born: Instant,
     ) {
-        debug_assert!(self.is_blank());
         let mut marks = 0;
         if !context.is_empty() {
             marks |= CONTEXT;
@@ -162,8 +165,8 @@ impl Set {
         if config.limit.is_some() {
             marks |= LIMITED;
         }
-        if !Arc::ptr_eq(&self.config, config) {
-            self.config = config.clone();
+        if !self.is_of(config) {
+            self.config = Some(config.clone());
         }
         fill(&mut self.context, context);
         fill(&mut self.limits, limits);
@@ -187,30 +190,49 @@ impl Set {
     #[inline(never)]
     fn recycle(mut self: Arc<Self>) {
         let Some(set) = Arc::get_mut(&mut self) else { return };
-        // Its runtime is a chosen one, or an observer is the code of others.
-        if set.config.runtime.is_some() || set.config.observer.is_some() {
-            return;
-        }
+        let Some(config) = set.config.take() else { return };
+        let _runtimes = (set.runtime.take(), set.late_runtime.take());
         let _context = mem::take(&mut set.context);
         let _limits = mem::take(&mut set.limits);
-        let _late_runtime = set.late_runtime.take();
         let _more = get_mut(&mut set.inner).clear();
-        let config = set.config.clone();
-        config.owner.take_back(self);
+        config.owner.spare_retired(self);
     }
 
     /// Whether there is nothing in it but counts, and memory for some tasks.
-    fn is_blank(&mut self) -> bool {
+    #[inline]
+    pub(crate) fn is_blank(&mut self) -> bool {
         let is_nowhere = self.context.is_empty() && self.limits.is_empty();
         is_nowhere && self.late_runtime.get().is_none() && get_mut(&mut self.inner).is_blank()
     }
 
+    /// Whether it is on this runtime; if it was on none, it is from now on.
+    #[inline]
+    pub(crate) fn puts_on(&mut self, runtime: Option<&Arc<Runtime>>) -> bool {
+        match (&self.runtime, runtime) {
+            (Some(its), Some(here)) => Arc::ptr_eq(its, here),
+            (None, here) => {
+                self.runtime = here.cloned();
+                here.is_some()
+            }
+            (Some(_), None) => false,
+        }
+    }
+
+    pub(crate) fn take_runtime(&mut self) -> Option<Arc<Runtime>> {
+        self.runtime.take()
+    }
+
+    #[inline]
+    fn config(&self) -> &Arc<Config> {
+        self.config.as_ref().expect("whoever has it keeps it from being spare")
+    }
+
     pub(crate) fn owner(&self) -> &Arc<Owner> {
-        &self.config.owner
+        &self.config().owner
     }
 
     pub(crate) fn is_of(&self, config: &Arc<Config>) -> bool {
-        Arc::ptr_eq(&self.config, config)
+        self.config.as_ref().is_some_and(|own| Arc::ptr_eq(own, config))
     }
 
     /// Whether it is the registry's, for tasks that belong to no request.
@@ -267,11 +289,12 @@ impl Set {
         let idle = inner.rare.as_mut().and_then(|rare| rare.idle.take());
         self.forget(inner.lifetime.as_mut().and_then(|lifetime| lifetime.key.take()));
         let over = inner.is_over(self.own);
-        let has_none = !self.own && self.marks() & (CONTEXT | CARE | ORDERS) == 0;
+        // As it may stay: its memory is.
+        let has_none = !self.own && self.marks() & (CONTEXT | CARE) == 0;
         let is_blank = has_none && inner.is_blank();
         drop(inner);
         notify(idle);
-        if over && !(is_blank && self.owner().keep(self)) {
+        if over && !(is_blank && self.owner().spare(self)) {
             self.retire();
         }
     }
@@ -330,7 +353,7 @@ impl Set {
 
     #[inline(never)]
     fn take_room(&self, inner: &Inner) -> bool {
-        self.config.limit.as_ref().is_none_or(|limit| {
+        self.config().limit.as_ref().is_none_or(|limit| {
             let has_share = self.own || (inner.live as usize) < limit.limit_per_request();
             // What a request has of its share is counted elsewhere once somebody waits for it.
             has_share && inner.rare.is_none() && limit.try_take()
@@ -392,7 +415,7 @@ impl Set {
             }
         };
         let (slot, generation, kind) = inner.take_in(plan.name, plan.site, since);
-        let has_home = home.is_some() || self.config.observer.is_some();
+        let has_home = home.is_some() || self.config().observer.is_some();
         if plan.has_choices() || lifetime.is_some() || has_home {
             self.enter_with(inner, plan, runtime, slot, lifetime, home);
         } else {
@@ -425,7 +448,7 @@ impl Set {
         if let (Some((at, _)), Some(runtime)) = (keys.into_iter().flatten().min(), runtime) {
             runtime.wind(at);
         }
-        if let Some(observer) = &self.config.observer {
+        if let Some(observer) = &self.config().observer {
             // As it is counted, and as it will be told to have ended.
             let (name, site) = self.name_and_site(slot);
             let event = TaskEvent::Started { name, site };
@@ -452,7 +475,7 @@ impl Set {
         if let Some(full) = full {
             return Err(Denial::Full(full));
         }
-        if let Some(limit) = &self.config.limit {
+        if let Some(limit) = &self.config().limit {
             match inner.share() {
                 None if self.own || (inner.live as usize) < limit.limit_per_request() => {}
                 None => return Err(Denial::Share),
@@ -476,7 +499,7 @@ impl Set {
         plan: &Plan<'_>,
         denial: Denial,
     ) -> Refusal {
-        let full = match (denial, &self.config.limit) {
+        let full = match (denial, &self.config().limit) {
             (Denial::Full(full), _) => full,
             (Denial::Share, Some(limit)) if plan.waits() => {
                 let live = inner.live;
@@ -494,7 +517,7 @@ impl Set {
             (Denial::Share, None) => return self.refuse(inner, plan, SpawnError::Full),
             (Denial::Because(reason), _) => return self.refuse(inner, plan, reason),
         };
-        let is_own = self.config.limit.as_ref().is_some_and(|limit| limit.ptr_eq(&full));
+        let is_own = self.config().limit.as_ref().is_some_and(|limit| limit.ptr_eq(&full));
         let taken = inner.share().cloned().filter(|_| is_own);
         let refusal = if plan.waits() {
             // Whoever waits may never come back, and an empty set of the registry's that stays listed
@@ -562,7 +585,7 @@ impl Set {
             grace: plan.grace(self.policy(inner)),
             trace_id: home.as_ref().and_then(|home| home.trace_id),
             home,
-            started: self.config.observer.as_ref().map(|_| Instant::now()),
+            started: self.config().observer.as_ref().map(|_| Instant::now()),
             ..Extra::default()
         }
     }
@@ -602,7 +625,7 @@ impl Set {
             self.owner().refuse_late(self.place, plan.name);
             return None;
         }
-        Some(TaskRegistry::of(self.config.clone()))
+        Some(TaskRegistry::of(self.config().clone()))
     }
 
     /// The runtime, if it still runs tasks.
@@ -612,7 +635,7 @@ impl Set {
             None => self.late_runtime()?,
         };
         // The set's own code runs on a runtime that lives; if it is not another's that was chosen.
-        let is_here = self.config.runtime.is_none() && place::slot_of(self).is_some();
+        let is_here = self.config().runtime.is_none() && place::slot_of(self).is_some();
         (is_here || runtime.is_alive()).then_some(runtime)
     }
 
@@ -725,7 +748,7 @@ impl Set {
 
     #[inline]
     fn give_back(&self) {
-        if let Some(limit) = &self.config.limit {
+        if let Some(limit) = &self.config().limit {
             limit.release();
         }
     }
@@ -766,7 +789,7 @@ impl Set {
         let (home, started) = (extra.home.take(), extra.started);
         drop(inner);
         // An observer, values and a span: the code of others.
-        if let (Some(observer), Some(started)) = (&self.config.observer, started) {
+        if let (Some(observer), Some(started)) = (&self.config().observer, started) {
             let (name, site) = self.name_and_site(slot);
             let event = TaskEvent::Ended { name, site, outcome, elapsed: started.elapsed() };
             self.call("observer", || observer.observe(&event));
@@ -803,7 +826,7 @@ impl Set {
     pub(crate) fn end(self: &Arc<Self>, end: End) {
         let mut inner = self.lock();
         // Most have tasks, which have a while, and nothing else.
-        let chosen = self.config.policy.get(end).unwrap_or_default();
+        let chosen = self.config().policy.get(end).unwrap_or_default();
         let is_held = inner.holds > 0;
         if is_held || inner.live == 0 || !inner.is_plain() || !Lifetime::is_far(chosen) {
             return self.end_with_care(inner, end);
@@ -1261,16 +1284,17 @@ impl Set {
     }
 
     fn policy<'a>(&'a self, inner: &'a Inner) -> &'a Policy {
-        inner.rare.as_ref().and_then(|rare| rare.policy.as_ref()).unwrap_or(&self.config.policy)
+        inner.rare.as_ref().and_then(|rare| rare.policy.as_ref()).unwrap_or(&self.config().policy)
     }
 
     /// Adds what was chosen on the set, or by a layer further inside.
     pub(crate) fn add_policy(&self, chosen: &Policy) {
-        if self.own {
+        let mut inner = self.lock();
+        // Nothing is chosen for the next request.
+        if self.own || inner.stage != Stage::Counting {
             return;
         }
-        let mut inner = self.lock();
-        inner.rare_mut().policy.get_or_insert_with(|| self.config.policy.clone()).add(chosen);
+        inner.rare_mut().policy.get_or_insert_with(|| self.config().policy.clone()).add(chosen);
     }
 
     /// Whether it could still be held.
@@ -1345,7 +1369,7 @@ impl Set {
         let result = catch(f);
         // For the ids: nothing need be current here.
         let tell = |panic| {
-            self.context.clone().sync_scope(|| self.config.log.tell_callback(panic, callback));
+            self.context.clone().sync_scope(|| self.config().log.tell_callback(panic, callback));
         };
         result.map_err(tell).ok()
     }
@@ -1356,7 +1380,7 @@ impl Set {
         panic: Option<&Panic>,
         what: &'static str,
     ) {
-        let Some(suppressed) = self.config.log.admit() else { return };
+        let Some(suppressed) = self.config().log.admit() else { return };
         // The subscriber is the code of others.
         drop(catch(|| {
             let here = RequestContext::current();
@@ -1694,6 +1718,146 @@ mod tests {
     }
 
     #[test]
+    fn what_is_chosen_or_waited_for_when_a_set_is_spare_is_not_the_next_requests() {
+        let runtime = Builder::new_current_thread().build().expect("a runtime");
+        let _here = runtime.enter();
+        let registry = TaskRegistry::new().limit(SpawnLimit::new(0).queue(1));
+        let make = || Set::new(registry.config(), RequestContext::new());
+        let mut chosen = Policy::default();
+        chosen.at_end(AtEnd::Cancel);
+        chosen.on_panic(OnPanic::FailResponse);
+        for late in [false, true] {
+            let set = make();
+            let memory = Arc::as_ptr(&set);
+            let stray = set.clone();
+            if !late {
+                stray.add_policy(&chosen);
+            }
+            set.end(End::Completed);
+            set.release();
+            stray.add_policy(&chosen);
+            stray.release();
+            let next = make();
+            assert_eq!(Arc::as_ptr(&next), memory);
+            let inner = next.lock();
+            assert_eq!(next.policy(&inner).get(End::Completed), None);
+            assert_eq!(next.policy(&inner).for_panic(), None);
+            drop(inner);
+            next.end(End::Completed);
+            next.release();
+        }
+
+        let set = make();
+        let waiter = set.clone();
+        let hand = Default::default();
+        let plan = Plan { hand: Some(&hand), ..Plan::new("task", Location::caller()) };
+        assert!(matches!(waiter.admit(&plan), Err(Refusal::Full)));
+        set.end(End::Completed);
+        set.release();
+        drop(waiter.changed());
+        assert!(matches!(waiter.admit(&plan), Err(Refusal::Because(SpawnError::Closed))));
+        drop(waiter);
+        assert!(make().lock().rare.is_none());
+    }
+
+    #[test]
+    fn a_set_that_was_spare_is_as_a_new_one() {
+        let runtime = Builder::new_current_thread().enable_all().start_paused(true).build();
+        let runtime = runtime.expect("a runtime");
+        let _here = runtime.enter();
+        let registry = TaskRegistry::new();
+        let limited = registry.clone().limit(SpawnLimit::new(3)).at_end(AtEnd::Keep);
+        let of = |set: &Arc<Set>| {
+            let state = format!("{:?}", set.lock().state());
+            let general = set.policy(&set.lock()).general();
+            (state, general, set.marks(), set.level(), set.is_own(), set.born)
+        };
+        let new = [&registry, &limited].map(|registry| {
+            let registry = registry.clone();
+            of(&Set::new(registry.config(), RequestContext::new()))
+        });
+        // A new one each.
+        assert_eq!(registry.places(), [2, 0]);
+        for (with, is_own) in [(&registry, false), (&limited, false), (&registry, true)] {
+            for (next, new) in [&registry, &limited].into_iter().zip(&new) {
+                let memory = {
+                    let plan = Plan::new("task", Location::caller());
+                    let (set, ticket) = if is_own {
+                        with.admit(&plan).expect("there is room")
+                    } else {
+                        let set = Set::new(with.config(), RequestContext::new());
+                        let ticket = set.admit(&plan).expect("there is room");
+                        (set, ticket)
+                    };
+                    drop(ticket.member(&set));
+                    set.end(End::Completed);
+                    let memory = Arc::as_ptr(&set);
+                    set.lock().spoil();
+                    set.release();
+                    memory
+                };
+                let set = Set::new(next.config(), RequestContext::new());
+                assert_eq!(Arc::as_ptr(&set), memory);
+                assert_eq!(of(&set), *new);
+                set.end(End::Completed);
+                set.release();
+            }
+        }
+    }
+
+    #[test]
+    fn a_set_without_values_stays_where_it_is_and_another_comes_back_empty() {
+        let runtime = Builder::new_current_thread().build().expect("a runtime");
+        let _here = runtime.enter();
+        let plan = Plan::new("task", Location::caller());
+        for (context, stays) in
+            [(RequestContext::new(), true), (RequestContext::new().with(1), false)]
+        {
+            let registry = TaskRegistry::new();
+            let set = Set::new(registry.config(), context);
+            drop(set.enter(&plan, None).expect("it is open").member(&set));
+            set.end(End::Completed);
+            assert_eq!(registry.places(), [1, usize::from(stays)]);
+            assert!(!set.lock().kinds[0].is_unused());
+            set.release();
+            assert_eq!(registry.places(), [1, 1]);
+            let set = Set::new(registry.config(), RequestContext::new());
+            assert_eq!(set.lock().kinds[0].is_unused(), !stays);
+            assert_eq!(registry.snapshot().totals.aborted, 1);
+        }
+        // Nor does it lose a place if somebody still has what is in it.
+        let registry = TaskRegistry::new();
+        let strays: Vec<_> = (0..100)
+            .map(|_| {
+                let set = Set::new(registry.config(), RequestContext::new());
+                set.end(End::Completed);
+                set
+            })
+            .collect();
+        assert_eq!(registry.places(), [1, 1]);
+        drop(strays);
+    }
+
+    #[test]
+    fn an_observer_that_has_the_registry_does_not_keep_it() {
+        struct Owns(#[expect(dead_code, reason = "it is what it is for")] TaskRegistry);
+        impl crate::Observe for Owns {
+            fn observe(&self, _: &TaskEvent) {}
+        }
+        let runtime = Builder::new_current_thread().build().expect("a runtime");
+        let _here = runtime.enter();
+        let registry = TaskRegistry::new();
+        let owner = Arc::downgrade(&registry.config().owner);
+        let observed = registry.clone().observer(Owns(registry));
+        let set = Set::new(observed.config(), RequestContext::new());
+        set.end(End::Completed);
+        set.release();
+        assert_eq!(observed.places(), [1, 1]);
+        drop(observed);
+        assert_eq!(owner.strong_count(), 0);
+    }
+
+    #[test]
     fn a_set_is_kept_for_requests_of_its_runtime() {
         let runtimes = [(); 3].map(|()| Builder::new_current_thread().build().expect("one"));
         let [one, other, third] = runtimes;
@@ -1712,6 +1876,16 @@ mod tests {
         assert_eq!(on(&one), on(&one));
         on(&other);
         assert_eq!(on(&other), on(&other));
+        // Somebody has it while another runtime is seen.
+        let stray = {
+            let _here = other.enter();
+            Set::new(registry.config(), RequestContext::new())
+        };
+        stray.end(End::Completed);
+        on(&one);
+        drop(stray);
+        on(&one);
+        on(&one);
         // One that is on no runtime takes none of it.
         let set = Set::new(registry.config(), RequestContext::new());
         assert!(set.is_on(None));
@@ -1722,7 +1896,7 @@ mod tests {
         on(&one);
         on(&third);
         let counts = registry.snapshot().totals;
-        assert!(counts.aborted == 7 && counts.is_exact(), "{counts:?}");
+        assert!(counts.aborted == 10 && counts.is_exact(), "{counts:?}");
         let runtimes = registry.config().owner.runtimes_known();
         assert!(!runtimes.contains(&handle.id()), "what nobody needs any more is not kept");
     }
@@ -1826,11 +2000,31 @@ mod tests {
                 set.end(End::Completed);
                 set.release();
             }
-            assert_eq!(registry.config().owner.sets().len(), 1, "it was always the same");
+            assert_eq!(registry.places(), [1, 1], "it was always the same");
             let by_name = registry.snapshot().by_name;
             let counted = by_name.into_iter().map(|(name, counts)| (name, counts.aborted));
             assert_eq!(counted.collect::<Vec<_>>(), expected.into_iter().collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn the_kind_that_was_last_is_the_first_of_the_next_request() {
+        let runtime = Builder::new_current_thread().build().expect("a runtime");
+        let _here = runtime.enter();
+        let registry = TaskRegistry::new();
+        let site = Location::caller();
+        for name in ["one", "other", "other", "one"] {
+            let set = Set::new(registry.config(), RequestContext::new());
+            drop(set.enter(&Plan::new(name, site), None).expect("it is open").member(&set));
+            set.end(End::Completed);
+            set.release();
+            let next = Set::new(registry.config(), RequestContext::new());
+            assert_eq!(next.lock().kinds[0].name, name);
+            next.end(End::Completed);
+            next.release();
+        }
+        let by_name = registry.snapshot().by_name;
+        assert_eq!(by_name.values().map(|counts| counts.spawned).collect::<Vec<_>>(), [2, 2]);
     }
 
     #[test]

@@ -26,7 +26,8 @@ use tokio::{
 use tower::{Layer, Service, service_fn};
 use tower_request_context::{Inherit, RequestContext, Task};
 use tower_task_set::{
-    AtEnd, SpawnLimit, TaskError, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
+    AtEnd, Observe, SpawnLimit, TaskError, TaskEvent, TaskHandle, TaskRegistry, TaskSet,
+    TaskSetLayer,
 };
 
 type Handler = Arc<dyn Fn()>;
@@ -84,7 +85,7 @@ fn asking(layer: &TaskSetLayer) -> impl Service<Request<()>> {
     layer.layer(service(Arc::new(|| drop(TaskSet::current().unwrap()))))
 }
 
-/// So many sets that are over a registry keeps for a thread.
+/// So many sets that are over a shard of a registry keeps.
 const KEPT: usize = 8;
 
 /// The same for a request that finds no memory of another: those of others have it.
@@ -181,6 +182,26 @@ fn a_request_after_another_has_its_memory_and_costs_one_allocation_for_each_task
         });
         assert_eq!(graceful, 8 + 8);
     }
+}
+
+#[test]
+fn whatever_is_chosen_a_request_after_another_has_its_memory() {
+    struct Sees;
+    impl Observe for Sees {
+        fn observe(&self, _: &TaskEvent) {}
+    }
+    let other = runtime();
+    let registry = TaskRegistry::new();
+    for registry in
+        [registry.clone().observer(Sees), registry.clone().runtime(other.handle().clone())]
+    {
+        let layer = TaskSetLayer::new(&registry);
+        assert_eq!(added(&layer, || drop(TaskSet::current().unwrap())), 0);
+    }
+    let context = RequestContext::new().with(7);
+    let layer = TaskSetLayer::new(&registry);
+    let cost = context.sync_scope(|| added(&layer, || drop(TaskSet::current().unwrap())));
+    assert_eq!(cost, 0);
 }
 
 #[test]

@@ -119,7 +119,7 @@ impl Set {
         let limits = if here.is_empty() { &self.limits } else { &here };
         // Out of the plan's lock: what is given back wakes others.
         let mut in_hand = plan.with_hand(|hand| hand.permit.take());
-        let permits = limits.try_take(&mut in_hand, self.config.limit.as_ref());
+        let permits = limits.try_take(&mut in_hand, self.config().limit.as_ref());
         plan.with_hand(|hand| hand.permit = in_hand);
         let permits = permits?;
         if permits.is_empty() {

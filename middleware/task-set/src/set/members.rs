@@ -1,6 +1,6 @@
 use std::{
     collections::HashMap,
-    iter,
+    iter, mem,
     ops::{Index, IndexMut},
     panic::Location,
     sync::Arc,
@@ -132,8 +132,8 @@ pub(super) enum Stage {
     Counting,
     /// A set of the registry takes no task any more: the registry has another.
     Gone,
-    /// It is over. Its counts stay as they are, and are in the base of its shard by now or soon;
-    /// that counts what comes too late.
+    /// It is over. Its counts stay as they are: in the base of its shard by now or soon; or here, if
+    /// it is spare. What comes too late its shard counts.
     Retired,
 }
 
@@ -177,19 +177,30 @@ pub(super) struct Kinds {
     /// [Unused](Kind::is_unused) until there is one.
     first: Kind,
     rest: SmallVec<[Kind; 3]>,
+    /// Which of them was looked for in the rest the last time.
+    recent: u16,
 }
 
 impl Default for Kinds {
     fn default() -> Self {
-        Self { first: Kind::new("", Location::caller()), rest: SmallVec::new() }
+        Self { first: Kind::new("", Location::caller()), rest: SmallVec::new(), recent: 0 }
     }
 }
 
 impl Kinds {
+    /// Another request begins: its tasks are likely to be as the last ones.
+    #[inline]
+    fn begin(&mut self) {
+        if let Some(recent) = usize::from(mem::take(&mut self.recent)).checked_sub(1) {
+            mem::swap(&mut self.first, &mut self.rest[recent]);
+        }
+    }
+
     /// As new. What was the first is likely to be that of the next set, too.
     #[inline]
     fn clear(&mut self) {
         self.first = Kind::new(self.first.name, self.first.site);
+        self.recent = 0;
         self.rest.clear();
         if self.rest.spilled() {
             self.rest = SmallVec::new();
@@ -363,7 +374,7 @@ impl Inner {
             end,
             watch,
             held_end,
-            kinds: _,
+            kinds,
             tasks: _,
             extras: _,
             clock,
@@ -382,6 +393,7 @@ impl Inner {
         *end = None;
         *watch = Watch::Unneeded;
         *held_end = None;
+        kinds.begin();
         *clock = Clock::default();
         *order = None;
         *next_timeout = None;
@@ -396,6 +408,29 @@ impl Inner {
             && !self.kinds.rest.spilled();
         let has_more = self.response.is_some() || self.rare.is_some();
         (self.live, self.holds) == (0, 0) && is_small && !has_more && self.extras.is_empty()
+    }
+
+    /// All that a set has to begin with again.
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn state(&self) -> impl std::fmt::Debug + use<> {
+        (
+            (self.closed, self.draining, self.cancelled, self.shut),
+            (self.stage == Stage::Counting, self.end, self.held_end, self.holds, self.live),
+            (self.watch == Watch::Unneeded, self.clock.ticks, self.clock.used),
+            (self.order, self.next_timeout),
+            self.lifetime.map(|lifetime| (lifetime.at_end, lifetime.until, lifetime.key)),
+        )
+    }
+
+    /// What a request may leave behind.
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn spoil(&mut self) {
+        (self.closed, self.draining, self.cancelled, self.shut) = (true, true, true, true);
+        (self.watch, self.held_end) = (Watch::PutOff, Some(End::Failed));
+        self.clock = Clock { ticks: 7, used: 7 };
+        self.order = Some(Order::TimeOut);
+        self.next_timeout = Some(Instant::now());
+        self.lifetime = Some(Lifetime::begin(AtEnd::Drain(Duration::from_secs(1))));
     }
 
     /// Makes it [blank](Self::is_blank): no task lives. Its counts are lost, and what was the code of
@@ -418,7 +453,7 @@ impl Inner {
     #[expect(clippy::inline_always, reason = "in one of two places, for each set")]
     #[inline(always)]
     pub(super) fn add_to(&self, base: &mut Base, trace_id: Option<TraceId>) {
-        let Kinds { first, rest } = &self.kinds;
+        let Kinds { first, rest, .. } = &self.kinds;
         // Unused where nothing was attempted.
         if !first.is_unused() {
             first.add_to(base.of(first.name));
@@ -512,7 +547,7 @@ impl Inner {
         self.is_over(true)
     }
 
-    /// Whether nothing will be counted here any more. Says so once, to who then retires it: it
+    /// Whether nothing will be counted here any more. Says so once, to who then lets go of it: it
     /// takes no more tasks, and would else be counted twice.
     #[inline]
     pub(super) fn is_over(&mut self, own: bool) -> bool {
@@ -776,7 +811,7 @@ impl Inner {
 
     #[inline(never)]
     fn other_kind(&mut self, name: &'static str, site: &'static Location<'static>) -> u16 {
-        let Kinds { first, rest } = &mut self.kinds;
+        let Kinds { first, rest, .. } = &mut self.kinds;
         if first.is_unused() {
             *first = Kind::new(name, site);
             return 0;
@@ -788,7 +823,8 @@ impl Inner {
         };
         let place = found.unwrap_or_else(|| self.add_kind(name, site));
         // There are less than `FREE`.
-        u16::try_from(1 + place).unwrap_or(FREE - 1)
+        self.kinds.recent = u16::try_from(1 + place).unwrap_or(FREE - 1);
+        self.kinds.recent
     }
 
     /// Its place in the rest.

@@ -99,6 +99,10 @@ impl Set {
     /// Never inlined, for a bench counts its instructions.
     #[inline(never)]
     fn read_part(&self, inner: &Inner, begin: usize, tasks: &mut Vec<ReadTask>) {
+        // Nor is anything chosen for one that is spare.
+        if inner.live == 0 {
+            return;
+        }
         let general = self.policy(inner).general().unwrap_or_default();
         // There are no more than `NONE`.
         let first = u32::try_from(begin).unwrap_or(NONE);

@@ -17,8 +17,8 @@ use http_body_util::Empty;
 use tokio::sync::mpsc;
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_task_set::{
-    AtEnd, Cause, End, SpawnError, SpawnLimit, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer,
-    assert_drained,
+    AtEnd, Cause, End, OnPanic, SpawnError, SpawnLimit, TaskHandle, TaskRegistry, TaskSet,
+    TaskSetLayer, assert_drained,
 };
 
 use crate::support::*;
@@ -731,4 +731,27 @@ async fn a_future_is_not_polled_again_when_it_is_ready() {
     let task = tasks.spawn("task", Once(false)).unwrap();
     settle().await;
     assert_eq!(outcome(task).await, COMPLETED);
+}
+
+// And of the next request, nothing
+
+#[tokio::test]
+async fn what_is_chosen_on_a_handle_after_the_end_is_not_for_the_next_request() {
+    let tasks = TaskRegistry::new();
+    let layer = TaskSetLayer::new(&tasks);
+    let request = serve(&layer);
+    let stray = request.set.clone();
+    request.end(End::Completed);
+    stray.at_end(AtEnd::Cancel);
+    stray.on_panic(OnPanic::FailResponse);
+    drop(stray);
+    // It drains by default, and fails no response.
+    let mut request = serve(&layer);
+    let set = request.set.clone();
+    let panics = set.spawn("panics", async { panic!("on purpose") }).unwrap();
+    let drains = set.spawn("drains", tokio::task::yield_now()).unwrap();
+    assert_eq!(outcome::<()>(panics).await, Yield::Panicked("on purpose".to_owned()));
+    request.in_poll(|| {});
+    request.end(End::Completed);
+    assert_eq!(outcome(drains).await, COMPLETED);
 }
