@@ -102,7 +102,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{HeaderMap, HeaderName, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_catch_unwind::Log;
@@ -373,11 +373,16 @@ impl Place {
             return;
         };
         headers.remove(w3c::TRACESTATE);
-        // A map that is full is the handler's affair.
-        let request_id = context.request_id().to_header();
-        drop(headers.try_insert(context::X_REQUEST_ID, request_id));
+        let mut put = |name: &HeaderName, value: &dyn Fn() -> HeaderValue| {
+            if headers.try_insert(name, value()).is_err() {
+                // The map is full, which is the handler's affair: but what that says of this goes.
+                headers.remove(name);
+                drop(headers.try_insert(name, value()));
+            }
+        };
+        put(&context::X_REQUEST_ID, &|| context.request_id().to_header());
         if let Some(name) = trace_id_header {
-            drop(headers.try_insert(name, context.trace_id().to_header()));
+            put(name, &|| context.trace_id().to_header());
         }
     }
 }

@@ -124,8 +124,8 @@ impl TraceState {
     /// The longest key and the longest value, in bytes (sections 3.3.2.2.1 and 3.3.2.2.2).
     const TEXT_MAX: usize = 256;
 
-    /// The longest list of the longest entries, with their commas.
-    const LIST_MAX: usize = Self::ENTRIES_MAX * (2 * Self::TEXT_MAX + 2);
+    /// The longest list of the longest entries, with their commas, and white space around each.
+    const LIST_MAX: usize = Self::ENTRIES_MAX * (2 * Self::TEXT_MAX + 4);
 
     /// From the values of all its header fields in their order, if they are valid.
     ///
@@ -135,6 +135,8 @@ impl TraceState {
     ///   it is not (sections 3.3.2 and 3.3.2.2.2).
     /// - One entry that is invalid, or more than 32 entries, make the whole list invalid (section
     ///   "A traceparent is Received", step 3). A key that comes twice does not.
+    /// - What is longer than 32 of the longest entries, with white space before and after each, is
+    ///   not read: 16,512 bytes.
     pub fn parse<'a>(fields: impl IntoIterator<Item = &'a [u8]>) -> Option<Self> {
         let mut entries = [""; Self::ENTRIES_MAX];
         let (mut count, mut read) = (0, 0_usize);

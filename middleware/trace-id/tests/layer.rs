@@ -536,6 +536,33 @@ async fn the_response_has_one_request_id_and_no_tracestate() {
     assert_ne!(context.trace_id().to_string(), response.headers()["x-request-id"]);
 }
 
+#[tokio::test]
+async fn what_a_handler_says_of_the_ids_goes_though_its_map_is_full() {
+    for says in [false, true] {
+        let inner = service_fn(move |_: Request<()>| {
+            let mut response = Response::new(EmptyBody::new());
+            let ids = ["x-request-id", "x-request-id", "x-trace-id"];
+            for name in ids.into_iter().filter(|_| says) {
+                response.headers_mut().append(name, HeaderValue::from_static("upstream"));
+            }
+            let mut names = (0..).map(|n| HeaderName::try_from(format!("x-{n}")).unwrap());
+            let mut fill =
+                |name| response.headers_mut().try_append(name, HeaderValue::from_static(""));
+            while fill(names.next().unwrap()).is_ok() {}
+            std::future::ready(Ok::<_, Infallible>(response))
+        });
+        let fields = [("traceparent", SAMPLED), ("x-request-id", "order-7")];
+        let service =
+            behind_a_gateway().trace_id_header(HeaderName::from_static("x-trace-id")).layer(inner);
+        let response = service.oneshot(request(&fields)).await.unwrap();
+        let told = ["x-request-id", "x-trace-id"]
+            .map(|name| response.headers().get_all(name).iter().collect::<Vec<_>>());
+        // There is no room for what it had not said.
+        let expected = if says { [vec!["order-7"], vec![TRACE]] } else { [vec![], vec![]] };
+        assert_eq!(told, expected);
+    }
+}
+
 /// H3: of hostile headers nothing is in a span, a line or the response.
 #[tokio::test]
 async fn no_byte_of_an_invalid_value_gets_out() {

@@ -422,6 +422,15 @@ fn the_entries_of_a_tracestate() {
         let list = format!("{}={}", "k".repeat(key), "v".repeat(value));
         assert_eq!(state(&list), valid.then_some(list));
     }
+    let longest = |between: &str| {
+        let entry = |n| format!("{}{n:02}={}", "k".repeat(254), "v".repeat(256));
+        let list: Vec<_> = (0..32).map(entry).collect();
+        format!("{}{}", &between[1..], list.join(between))
+    };
+    for between in [",", ", ", " , "] {
+        assert!(state(&longest(between)).is_some(), "{between:?}");
+    }
+    assert_eq!(state(&longest("  ,  ")), None);
     let entries = |count: usize| vec!["a=1"; count].join(",");
     assert_eq!(state(&entries(32)), Some(entries(32)));
     assert_eq!(state(&entries(33)), None);

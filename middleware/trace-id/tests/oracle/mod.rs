@@ -38,7 +38,7 @@ pub(crate) fn traceparent(value: &[u8]) -> Option<Parent> {
 }
 
 pub(crate) fn tracestate(fields: &[Vec<u8>]) -> Option<String> {
-    if fields.iter().map(|field| field.len() + 1).sum::<usize>() > 32 * 514 {
+    if fields.iter().map(|field| field.len() + 1).sum::<usize>() > 32 * 516 {
         return None;
     }
     let list = fields.join(&b","[..]);
