@@ -1,6 +1,6 @@
 //! A process to shut down, for the tests of the shutdown: what it does is its first argument, its
 //! budget in milliseconds the second, and what it prints is the report. With a third one its log
-//! panics.
+//! panics, or blocks.
 
 #![expect(clippy::print_stdout, reason = "it is a program")]
 
@@ -37,7 +37,7 @@ fn main() {
     let mut args = env::args().skip(1);
     let what = args.next().expect("what to do");
     let budget = args.next().and_then(|budget| budget.parse().ok()).expect("a budget");
-    log.with(args.next().map(|_| Panics)).init();
+    log.with(args.next().map(|how| Fails { blocks: how == "blocks" })).init();
     let threads = if what == "current_thread" { 1 } else { 2 };
     let mut runtime = if threads == 1 {
         tokio::runtime::Builder::new_current_thread()
@@ -49,11 +49,16 @@ fn main() {
 }
 
 /// Whatever the shutdown says.
-struct Panics;
+struct Fails {
+    blocks: bool,
+}
 
-impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Panics {
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Fails {
     fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
-        assert!(!event.metadata().target().starts_with("tower_shutdown"), "the log panics");
+        if event.metadata().target().starts_with("tower_shutdown") {
+            assert!(self.blocks, "the log panics");
+            thread::sleep(Duration::MAX);
+        }
     }
 }
 
@@ -76,6 +81,45 @@ async fn run(what: &str, budget: Duration) {
             drop(shutdown);
             let shutdown = Shutdown::new(budget).tasks(&tasks);
             return serve(what, &shutdown).await;
+        }
+        "many_gone" => {
+            for _ in 0..20 {
+                drop(failed(&Shutdown::new(budget)).await);
+            }
+            drop(shutdown);
+            while threads_called("shutdown") > 1 {
+                sleep(Duration::from_millis(1)).await;
+            }
+            ready();
+            return pending().await;
+        }
+        "by_hand" => {
+            drop(tasks.spawn("forever", pending::<()>()));
+            let shutdown = shutdown.settle(budget);
+            let mut signalled = std::pin::pin!(shutdown.signalled());
+            poll_once(signalled.as_mut()).await;
+            ready();
+            signalled.await;
+            let report = shutdown.finish().await;
+            println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
+            report.exit()
+        }
+        "destructor_of_the_server" => {
+            struct Blocks;
+            impl Drop for Blocks {
+                fn drop(&mut self) {
+                    thread::sleep(Duration::MAX);
+                }
+            }
+            let signalled = shutdown.signalled();
+            let server = async {
+                let _blocks = Blocks;
+                let mut signalled = std::pin::pin!(signalled);
+                poll_once(signalled.as_mut()).await;
+                ready();
+                pending::<Result<(), std::io::Error>>().await
+            };
+            shutdown.run(server).await.expect("it serves").exit()
         }
         "unpolled" => {
             let signalled = shutdown.signalled();
@@ -123,6 +167,13 @@ async fn serve(what: &str, shutdown: &Shutdown) {
     let report = shutdown.run(server).await.expect("it serves");
     println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
     report.exit()
+}
+
+/// So many of this process.
+fn threads_called(name: &str) -> usize {
+    let threads = std::fs::read_dir("/proc/self/task").expect("this is Linux");
+    let names = threads.flatten().flat_map(|it| std::fs::read_to_string(it.path().join("comm")));
+    names.filter(|it| it.trim_end() == name).count()
 }
 
 fn ready() {

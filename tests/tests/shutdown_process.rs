@@ -277,6 +277,53 @@ fn a_third_signal_exits_though_the_log_panics() {
 }
 
 #[test]
+fn a_log_that_blocks_stops_neither_the_shutdown_nor_the_thread_that_listens() {
+    let start = |what, budget| Process::start_with(what, budget, &["blocks"]);
+    let ended = start("forever", Duration::from_millis(100)).terminate();
+    assert_eq!((forced(&ended.report()).len(), ended.code), (1, Some(1)));
+    let stuck = start("current_thread", Duration::from_millis(100)).terminate();
+    assert_eq!(stuck.code, Some(1), "from the thread that listens");
+
+    let mut process = start("current_thread", Duration::from_secs(600));
+    process.signal(SIGTERM);
+    process.logged("takes the thread");
+    // The second and the third, of which it can say nothing; and perhaps another if they came as one.
+    while process.child.try_wait().unwrap().is_none() {
+        process.signal(SIGTERM);
+    }
+    assert_eq!(process.wait(Instant::now()).code, Some(143));
+}
+
+#[test]
+fn a_second_signal_ends_the_settle_delay_of_who_shuts_down_by_hand() {
+    let mut process = Process::start("by_hand", Duration::from_secs(600));
+    process.signal(SIGTERM);
+    process.logged("shutting down");
+    let second = Instant::now();
+    process.signal(SIGTERM);
+    let ended = process.wait(second);
+    let expected = BTreeSet::from(["forever \"cancelled\"".to_owned()]);
+    assert_eq!((forced(&ended.report()), ended.code), (expected, Some(1)));
+    println!("{:?} from the second signal to the end of the process", ended.took);
+    assert!(ended.took < Duration::from_millis(200) * SLACK, "{:?}", ended.took);
+}
+
+#[test]
+fn a_server_whose_destructor_blocks_is_within_the_budget_too() {
+    let ended = Process::start("destructor_of_the_server", Duration::from_millis(100)).terminate();
+    assert_eq!(ended.code, Some(0));
+    assert!(ended.log.contains("the runtime is stuck"), "{}", ended.log);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn many_shutdowns_that_are_gone_leave_one_thread_that_listens() {
+    let process = Process::start("many_gone", Duration::from_secs(600));
+    process.signal(SIGTERM);
+    assert_eq!(process.wait(Instant::now()).code, Some(143));
+}
+
+#[test]
 fn a_finish_that_is_not_polled_does_not_end_the_process() {
     let ended = Process::start("unpolled", Duration::from_millis(100)).terminate();
     assert_eq!((&*ended.out, ended.code), ("goes on\n", Some(0)), "{}", ended.log);

@@ -7,10 +7,9 @@ use std::{
     future::poll_fn,
     io,
     pin::pin,
-    process,
     sync::{
         Arc, Weak,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
         mpsc,
     },
     task::Poll,
@@ -21,8 +20,9 @@ use std::{
 use tokio::{runtime, sync::Notify};
 
 use crate::{
+    log::{LAST_LINE, LAST_LINE_IN_A_HURRY, Line},
     signals::Signals,
-    state::{State, say},
+    state::State,
 };
 
 /// How often it makes the shutdown look at the clock, once that has begun.
@@ -32,6 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How many listen to signals for a shutdown that there is: of the whole process, as signals are.
 static LISTENING: AtomicUsize = AtomicUsize::new(0);
+/// One listens that has outlived its shutdown, for all that will.
+static OUTLIVED: AtomicBool = AtomicBool::new(false);
 
 /// Starts it, and returns when signals are listened to. It is gone when the state is, unless it
 /// listens: nobody else would hear a signal any more.
@@ -48,7 +50,7 @@ pub(crate) fn start(state: &Arc<State>, with_signals: bool) -> io::Result<()> {
         drop(entered);
         match signals {
             Ok(signals) => {
-                LISTENING.fetch_add(signals.is_some().into(), Relaxed);
+                LISTENING.fetch_add(signals.is_some().into(), SeqCst);
                 drop(tell.send(Ok(())));
                 runtime.block_on(keeper.run(signals));
             }
@@ -98,39 +100,45 @@ impl Keeper {
             }
         }
         if let Some(signals) = signals {
-            LISTENING.fetch_sub(1, Relaxed);
-            outlive(signals, unheard).await;
+            LISTENING.fetch_sub(1, SeqCst);
+            outlive(signals, unheard, !OUTLIVED.swap(true, SeqCst)).await;
         }
     }
 }
 
 /// The shutdown is gone, and the process goes on. What listened to a signal once keeps it from
-/// ending the process for ever, so that is done here.
-async fn outlive(mut signals: Signals, mut unheard: Option<i32>) {
+/// ending the process for ever, so that is done here: by the `first` that comes to this. The others
+/// do it for what has come until now, which that may have left to them.
+async fn outlive(mut signals: Signals, mut unheard: Option<i32>, first: bool) {
     loop {
+        let next = poll_fn(|cx| match signals.poll_next(cx) {
+            Poll::Ready(number) => Poll::Ready(Some(number)),
+            Poll::Pending if first => Poll::Pending,
+            Poll::Pending => Poll::Ready(None),
+        });
         let number = match unheard.take() {
-            Some(number) => number,
-            None => poll_fn(|cx| signals.poll_next(cx)).await,
+            None => next.await,
+            unheard => unheard,
         };
+        let Some(number) = number else { return };
         // Else it is for another shutdown.
-        if LISTENING.load(Relaxed) == 0 {
-            say(|| tracing::warn!(signal = number, "no shutdown is left: the process exits"));
-            process::exit(128 + number);
+        if LISTENING.load(SeqCst) == 0 {
+            Line::NoShutdownLeft(number).say_last(LAST_LINE_IN_A_HURRY, 128 + number);
         }
     }
 }
 
 fn obey(state: &State, signal: i32) {
-    match state.count_signal() {
-        1 => {
-            state.begin();
+    let line = match state.count_signal() {
+        1 => state.begin_silently().1,
+        2 => {
+            let begun = state.begin_silently().1;
+            state.hurry().or(begun)
         }
-        2 => state.hurry(),
-        _ => {
-            say(|| tracing::error!(signal, "third signal: the process exits, whatever goes on"));
-            process::exit(128 + signal);
-        }
-    }
+        _ => Line::ThirdSignal(signal).say_last(LAST_LINE_IN_A_HURRY, 128 + signal),
+    };
+    // Not here: this goes on to listen.
+    line.into_iter().for_each(Line::say_elsewhere);
 }
 
 /// Whether a shutdown that is run goes on.
@@ -144,12 +152,9 @@ impl Pace {
     fn look(&mut self, state: &State) {
         let stands_still = self.stands_still(state.beats(), Instant::now());
         if stands_still && state.is_overdue_by(PATIENCE) {
-            say(|| {
-                tracing::error!(
-                    "the runtime is stuck: the shutdown is reported from another thread"
-                );
-            });
-            state.report(false).exit();
+            let report = state.report(false);
+            let code = report.exit_code();
+            Line::Stuck(report).say_last(LAST_LINE, code);
         }
     }
 

@@ -20,6 +20,7 @@ use tower_response_end::{
     StoppableFuture, Stopped, Waiter, Watch,
 };
 use tower_service::Service;
+use tower_task_set::Outcome;
 
 use crate::{
     ShutdownWatch,
@@ -364,16 +365,17 @@ impl Watch for InFlight {
     }
 
     fn before_drop(&mut self, end: End) {
-        self.hook.before_drop(end);
-    }
-
-    fn end(&mut self, end: End) {
-        // Told, it may still have come to its end with what it had ready.
+        // Told, it may still have come to its end with what it had ready; and if it is dropped for
+        // that, the end may be a panic.
         if self.is_told && end == End::Disconnected {
             if let Some(leave) = self.hook.get_mut() {
                 leave.was_ended = true;
             }
         }
+        self.hook.before_drop(end);
+    }
+
+    fn end(&mut self, end: End) {
         self.hook.end(end);
     }
 }
@@ -397,9 +399,13 @@ struct Leave {
 }
 
 impl OnEnd for Leave {
-    fn on_end(self, _: End) {
+    fn on_end(self, end: End) {
+        let outcome = match end {
+            End::Panicked => Outcome::Panicked,
+            _ => Outcome::Cancelled,
+        };
         if let Some((state, place)) = self.admitted {
-            state.roll.leave(place, self.was_ended);
+            state.roll.leave(place, self.was_ended.then_some(outcome));
         }
     }
 }

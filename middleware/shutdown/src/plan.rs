@@ -87,7 +87,12 @@ pub(crate) struct Course {
 
 impl Course {
     pub(crate) fn new(plan: &Plan, began: Instant) -> Self {
-        Self { phase: Phase::Settling, ends: plan.ends().map(|end| began.checked_add(end)) }
+        let mut ends = plan.ends().map(|end| began.checked_add(end));
+        if ends[Phase::Cancelling as usize].is_none() {
+            // A grace before that never begins, however long it is.
+            ends[Phase::Draining as usize] = None;
+        }
+        Self { phase: Phase::Settling, ends }
     }
 
     pub(crate) const fn phase(&self) -> Phase {
@@ -243,7 +248,11 @@ mod tests {
     #[test]
     fn a_budget_without_an_end_is_waited_for() {
         let began = Instant::now();
-        let mut course = Course::new(&Plan { budget: Duration::MAX, ..plan(0, 0, None) }, began);
+        let endless = Plan { budget: Duration::MAX, ..plan(0, 0, None) };
+        let mut graceful = Course::new(&Plan { grace: Some(Duration::MAX), ..endless }, began);
+        assert_eq!(graceful.step(began, false), Some(Draining));
+        assert_eq!(graceful.end(), None);
+        let mut course = Course::new(&endless, began);
         assert_eq!(course.step(began, false), Some(Draining));
         assert_eq!(course.end(), None);
         assert_eq!(course.step(began + SECOND * 1_000_000_000, false), None);

@@ -1,13 +1,11 @@
 #![cfg_attr(feature = "serde", expect(clippy::ref_option_ref, reason = "serde makes it"))]
 
-use std::{
-    borrow::Cow, cmp::Reverse, collections::BTreeMap, fmt, panic::Location, process, time::Duration,
-};
+use std::{borrow::Cow, cmp::Reverse, collections::BTreeMap, fmt, panic::Location, time::Duration};
 
 use tower_request_context::TraceId;
 use tower_task_set::{Counts, Outcome};
 
-use crate::state::say;
+use crate::log::{LAST_LINE, Line};
 
 /// What a shutdown has found, and what it had to force.
 #[derive(Clone, Debug)]
@@ -41,7 +39,8 @@ impl Report {
         i32::from(!self.forced.is_empty())
     }
 
-    /// Logs it, and ends the process with the [exit code](Self::exit_code).
+    /// Logs it, and ends the process with the [exit code](Self::exit_code); a second later if the log
+    /// blocks.
     ///
     /// To return from `main` instead would drop the runtime, which waits for threads that are stuck
     /// for ever.
@@ -50,16 +49,8 @@ impl Report {
     /// may lose this last line: then log the report yourself, flush, and call
     /// `std::process::exit(report.exit_code())`.
     pub fn exit(self) -> ! {
-        say(|| self.log());
-        process::exit(self.exit_code())
-    }
-
-    fn log(&self) {
-        if self.forced.is_empty() {
-            tracing::info!("{self}");
-        } else {
-            tracing::error!("{self}");
-        }
+        let code = self.exit_code();
+        Line::Report(self).say_last(LAST_LINE, code)
     }
 }
 
@@ -125,7 +116,8 @@ pub struct Requests {
     pub completed: u64,
     /// Were ended at the deadline.
     pub ended: u64,
-    /// Are still in flight: their handler never yields, or holds the response open.
+    /// Are still in flight: their handler never yields, or holds the response open; or their client
+    /// reads no more of it.
     pub left: u64,
 }
 

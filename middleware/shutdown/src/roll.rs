@@ -42,8 +42,8 @@ struct Entries {
     slots: Vec<Slot>,
     /// The first free one.
     free: Option<u32>,
-    /// Those that were ended, and how old they were.
-    ended: Vec<(Request, Duration)>,
+    /// Those that were ended, how old they were, and how.
+    ended: Vec<(Request, Duration, Outcome)>,
 }
 
 #[derive(Debug)]
@@ -74,13 +74,13 @@ impl Roll {
         Some(place)
     }
 
-    /// The request is over; whether it was ended by the shutdown.
-    pub(crate) fn leave(&self, place: Place, was_ended: bool) {
+    /// The request is over; and how, if the shutdown has ended it.
+    pub(crate) fn leave(&self, place: Place, ended: Option<Outcome>) {
         let mut entries = self.lock(place.shard);
         let mut request = entries.take(place.slot);
-        if was_ended {
+        if let Some(outcome) = ended {
             let ended = request.take().map(|request| (request.started.elapsed(), request));
-            entries.ended.extend(ended.map(|(age, request)| (request, age)));
+            entries.ended.extend(ended.map(|(age, request)| (request, age, outcome)));
         }
         let is_last = self.requests.leave_silently();
         drop(entries);
@@ -101,8 +101,8 @@ impl Roll {
         let slots = shards.iter().flat_map(|entries| &entries.slots);
         let left: Vec<_> = slots.filter_map(taken).collect();
         drop(shards);
-        let cancelled = Some(Outcome::Cancelled);
-        let ended = ended.into_iter().map(|(request, age)| request.forced(age, cancelled));
+        let ended =
+            ended.into_iter().map(|(request, age, outcome)| request.forced(age, Some(outcome)));
         let left = left.into_iter().map(|request| request.forced(request.started.elapsed(), None));
         (reading, ended.collect(), left.collect())
     }
@@ -267,12 +267,12 @@ mod tests {
         for _ in 0..3 {
             let places = [enter(), enter(), enter()];
             assert_eq!(roll.read().2.len(), 3);
-            roll.leave(places[1], false);
-            roll.leave(places[0], true);
+            roll.leave(places[1], None);
+            roll.leave(places[0], Some(Outcome::Cancelled));
             let again = enter();
             assert_eq!(again.slot, places[0].slot);
-            roll.leave(again, false);
-            roll.leave(places[2], false);
+            roll.leave(again, None);
+            roll.leave(places[2], None);
         }
         let (reading, ended, left) = roll.read();
         assert_eq!((reading.in_flight, ended.len(), left.len()), (0, 3, 0));

@@ -4,7 +4,6 @@ use std::{
     future::{self, poll_fn},
     io, iter,
     pin::{Pin, pin},
-    process,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -16,8 +15,9 @@ use tower_task_set::TaskRegistry;
 
 use crate::{
     PlanError, Report, ShutdownLayer, ShutdownWatch,
+    log::{LAST_LINE, Line, say},
     plan::{Course, Phase},
-    state::{Left, State, say},
+    state::{Driver, Left, Serving, State},
 };
 
 /// How often a shutdown that waits says so.
@@ -43,19 +43,11 @@ impl Shutdown {
         Self(Arc::new(State::new(budget)))
     }
 
-    /// Drains the tasks of `registry` too. Several registries share the budget. What was added when
-    /// the shutdown has begun is drained, and missing in the figures of its beginning.
+    /// Drains the tasks of `registry` too. Several registries share the budget. One that is added when
+    /// the shutdown has begun is told at once what the others were told until then, and is missing in
+    /// the figures of the beginning.
     pub fn tasks(self, registry: &TaskRegistry) -> Self {
-        let mut settings = self.0.settings();
-        let is_new = settings.registries.iter().all(|known| !known.ptr_eq(registry));
-        if is_new {
-            settings.registries.push(registry.clone());
-        }
-        drop(settings);
-        // Who drains reads the list after it says so.
-        if self.0.is_draining() {
-            registry.begin_drain();
-        }
+        self.0.add(registry);
         self
     }
 
@@ -148,6 +140,9 @@ impl Shutdown {
     /// `server` should stop accepting when [`signalled`](Self::signalled) is ready. A server that
     /// ends by itself starts the shutdown too.
     ///
+    /// Several servers may be run at once, each by a clone: each of these returns when all of them are
+    /// done.
+    ///
     /// A second signal cuts the shutdown short: what would come at the deadline comes at once. A
     /// third exits the process, with 128 and the number of the signal. The report's code ends it if
     /// the runtime is so stuck that this is not even polled for a second after the budget: do not
@@ -176,8 +171,11 @@ impl Shutdown {
     {
         self.check().map_err(RunError::Plan)?;
         self.0.keep().map_err(RunError::Signals)?;
+        // Before the server, which is dropped first: that may hold it up too.
+        let driver = self.0.driver(true);
         let server = pin!(server.into_future());
-        let (report, ended) = self.drive(Server::Serves(server), true).await;
+        let server = Server::Serves { server, _serving: Serving::new(&self.0) };
+        let (report, ended) = self.drive(&driver, server).await;
         match ended {
             Some(Err(error)) => Err(RunError::Server { error, report: Box::new(report) }),
             Some(Ok(_)) | None => Ok(report),
@@ -202,17 +200,15 @@ impl Shutdown {
         }
         self.0.begin();
         let server = Server::<future::Ready<()>>::Ended(None);
-        self.drive(server, false).await.0
+        self.drive(&self.0.driver(false), server).await.0
     }
 
-    /// One that `runs` the shutdown is taken for stuck if it is not polled any more.
     async fn drive<F: Future>(
         &self,
+        driver: &Driver<'_>,
         mut server: Server<'_, F>,
-        runs: bool,
     ) -> (Report, Option<F::Output>) {
         let state = &*self.0;
-        let driver = state.driver(runs);
         let mut course = None;
         let mut alarm = Alarm::new();
         let mut left = pin!(self.left());
@@ -233,7 +229,7 @@ impl Shutdown {
                 alarm.progress = now.checked_add(PROGRESS);
                 Course::new(&begun.plan, begun.at)
             });
-            if server.has_ended() {
+            if !state.is_served() {
                 course.skip_settling(now);
             }
             if state.is_hurried() {
@@ -248,7 +244,7 @@ impl Shutdown {
                     still = left;
                 }
                 let is_draining = course.phase() >= Phase::Draining;
-                let done = is_draining && server.has_ended() && left.as_mut().poll(cx).is_ready();
+                let done = is_draining && !state.is_served() && left.as_mut().poll(cx).is_ready();
                 match course.step(now, done) {
                     None => break,
                     Some(Phase::Settling) => {}
@@ -309,13 +305,13 @@ impl fmt::Debug for Shutdown {
 
 /// A server, and then what it ended with.
 enum Server<'a, F: Future> {
-    Serves(Pin<&'a mut F>),
+    Serves { server: Pin<&'a mut F>, _serving: Serving<'a> },
     Ended(Option<F::Output>),
 }
 
 impl<F: Future> Server<'_, F> {
     fn poll_ended(&mut self, cx: &mut Context<'_>) -> bool {
-        if let Self::Serves(server) = self {
+        if let Self::Serves { server, .. } = self {
             let Poll::Ready(output) = server.as_mut().poll(cx) else { return false };
             *self = Self::Ended(Some(output));
         }
@@ -328,7 +324,7 @@ impl<F: Future> Server<'_, F> {
 
     fn into_output(self) -> Option<F::Output> {
         match self {
-            Self::Serves(_) => None,
+            Self::Serves { .. } => None,
             Self::Ended(output) => output,
         }
     }
@@ -403,7 +399,8 @@ pub enum RunError<E> {
 }
 
 impl<E: Into<Box<dyn Error + Send + Sync>>> RunError<E> {
-    /// Logs it, with what caused it and the report if there is one, and ends the process with 1.
+    /// Logs it, with what caused it and the report if there is one, and ends the process with 1; a
+    /// second later if the log blocks.
     ///
     /// To return it from `main` instead would drop the runtime, which waits for threads that are
     /// stuck for ever. For a log that has to be flushed see [`Report::exit`].
@@ -419,18 +416,20 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> RunError<E> {
     /// # }
     /// ```
     pub fn exit(self) -> ! {
-        say(|| match self {
-            Self::Plan(error) => tracing::error!("{error}"),
-            Self::Signals(error) => tracing::error!("cannot listen to signals: {error}"),
+        // The formatting of an error is the code of others.
+        let why = catch(|| match self {
+            Self::Plan(error) => error.to_string(),
+            Self::Signals(error) => format!("cannot listen to signals: {error}"),
             Self::Server { error, report } => {
                 let error = error.into();
                 let causes =
                     iter::successors(Some(&*error as _), |cause: &&dyn Error| (*cause).source());
                 let causes = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
-                tracing::error!("the server has failed: {causes}; {report}");
+                format!("the server has failed: {causes}; {report}")
             }
         });
-        process::exit(1)
+        let why = why.unwrap_or_else(|_| "the server has failed".to_owned());
+        Line::Failed(why).say_last(LAST_LINE, 1)
     }
 }
 

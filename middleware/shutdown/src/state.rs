@@ -4,7 +4,7 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     task::Poll,
     time::Duration,
@@ -23,6 +23,7 @@ use crate::{
     Drained, Forced, Kind, Report, Requests,
     in_flight::Reading,
     keeper,
+    log::Line,
     plan::Plan,
     roll::{Place, Request, Roll},
 };
@@ -36,9 +37,11 @@ pub(crate) struct State {
     refused: AtomicU64,
     begun: OnceLock<Begun>,
     /// The server is to accept nothing more.
-    pub(crate) draining: CancellationToken,
-    /// The same, for who looks at every response.
-    is_draining: AtomicBool,
+    pub(crate) draining: Signal,
+    /// The same.
+    pub(crate) token: CancellationToken,
+    /// What the registries were told so far: those that come later are told it too.
+    told: AtomicU8,
     /// The requests in flight are to end.
     pub(crate) ending: Signal,
     signals: AtomicU8,
@@ -48,6 +51,8 @@ pub(crate) struct State {
     /// Wakes the keeper.
     pub(crate) woken: Arc<Notify>,
     keeper: Mutex<bool>,
+    /// How many servers go on, of those that are run.
+    servers: AtomicUsize,
     drivers: AtomicUsize,
     /// Of the drivers.
     runs: AtomicUsize,
@@ -71,6 +76,25 @@ pub(crate) struct Begun {
     pub(crate) plan: Plan,
     requests: Reading,
     tasks: Counts,
+}
+
+/// Of what registries are told: work outside of requests is refused; all is; tasks are to end; and
+/// have no grace any more.
+const DRAIN: u8 = 1;
+const CLOSE: u8 = 2;
+const CANCEL: u8 = 3;
+const ABORT: u8 = 4;
+
+fn tell(registry: &TaskRegistry, what: u8) {
+    match what {
+        DRAIN => registry.begin_drain(),
+        CLOSE => registry.close(),
+        CANCEL => {
+            registry.close();
+            registry.cancel_all();
+        }
+        _ => registry.abort_all(),
+    }
 }
 
 /// What there is still to wait for.
@@ -99,14 +123,16 @@ impl State {
             log: Log::default(),
             refused: AtomicU64::new(0),
             begun: OnceLock::new(),
-            draining: CancellationToken::new(),
-            is_draining: AtomicBool::new(false),
+            draining: Signal::new(),
+            token: CancellationToken::new(),
+            told: AtomicU8::new(0),
             ending: Signal::new(),
             signals: AtomicU8::new(0),
             hurry: OnceLock::new(),
             pulse: Notify::new(),
             woken: Arc::default(),
             keeper: Mutex::new(false),
+            servers: AtomicUsize::new(0),
             drivers: AtomicUsize::new(0),
             runs: AtomicUsize::new(0),
             beats: AtomicUsize::new(0),
@@ -119,6 +145,28 @@ impl State {
 
     pub(crate) fn registries(&self) -> Vec<TaskRegistry> {
         self.settings().registries.clone()
+    }
+
+    /// Drains this registry too.
+    pub(crate) fn add(&self, registry: &TaskRegistry) {
+        let mut settings = self.settings();
+        if settings.registries.iter().any(|known| known.ptr_eq(registry)) {
+            return;
+        }
+        settings.registries.push(registry.clone());
+        drop(settings);
+        for what in DRAIN..=self.told.load(Relaxed) {
+            tell(registry, what);
+        }
+    }
+
+    fn tell_registries(&self, what: u8) {
+        // Before the list is read: who adds to it looks at this afterwards. Relaxed, for there is the
+        // lock of the settings between.
+        self.told.fetch_max(what, Relaxed);
+        for registry in self.registries() {
+            tell(&registry, what);
+        }
     }
 
     /// Listens to signals, and has a clock of its own, from now on.
@@ -134,8 +182,15 @@ impl State {
 
     /// Begins, if it has not.
     pub(crate) fn begin(&self) -> &Begun {
+        let (begun, line) = self.begin_silently();
+        line.into_iter().for_each(Line::say);
+        begun
+    }
+
+    /// The same for who may not be held up by the log.
+    pub(crate) fn begin_silently(&self) -> (&Begun, Option<Line>) {
         if let Some(begun) = self.begun.get() {
-            return begun;
+            return (begun, None);
         }
         let plan = self.settings().plan;
         // Not in the initialization: a snapshot may run the code of others.
@@ -147,13 +202,13 @@ impl State {
             tasks: self.tasks(),
         };
         let (requests, tasks) = (begun.requests.in_flight, begun.tasks.live);
+        let mut line = None;
         if self.begun.set(begun).is_ok() {
-            // Before the log line, whose subscriber is the code of others.
             self.tell();
             self.woken.notify_one();
-            say(|| tracing::info!(budget = ?plan.budget, requests, tasks, "shutting down"));
+            line = Some(Line::Begun { budget: plan.budget, requests, tasks });
         }
-        self.begun.get().expect("it was set, now or by another")
+        (self.begun.get().expect("it was set, now or by another"), line)
     }
 
     pub(crate) fn begun(&self) -> Option<&Begun> {
@@ -187,72 +242,77 @@ impl State {
             // sees to it.
             let sleep = until.and_then(|until| catch(|| sleep_until(until)).ok());
             let mut sleep = pin!(sleep);
-            let settled = poll_fn(|cx| {
+            let mut draining = self.draining.waiter();
+            let mut hurried = pin!(self.hurried());
+            poll_fn(|cx| {
                 let sleep = sleep.as_mut().as_pin_mut();
-                sleep.map_or(Poll::Pending, |it| catch(|| it.poll(cx)).unwrap_or(Poll::Pending))
-            });
-            first(settled, self.draining.cancelled()).await;
+                let is_ready = |it| catch(|| Future::poll(it, cx)).is_ok_and(|it| it.is_ready());
+                let settled = sleep.is_some_and(is_ready)
+                    || draining.poll_given(cx).is_ready()
+                    || hurried.as_mut().poll(cx).is_ready();
+                if settled { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
         }
         self.drain();
     }
 
+    /// Waits until there is no time left.
+    async fn hurried(&self) {
+        loop {
+            // First listen, then look.
+            let told = self.pulse();
+            if self.is_hurried() {
+                return;
+            }
+            told.await;
+        }
+    }
+
     /// The server is to accept nothing more.
     pub(crate) fn drain(&self) {
-        if self.draining.is_cancelled() {
+        if self.draining.is_given() {
             return;
         }
-        // Before the list is read: who adds to it looks at this afterwards.
-        self.is_draining.store(true, Relaxed);
-        for registry in self.registries() {
-            registry.begin_drain();
-        }
+        self.tell_registries(DRAIN);
         if self.settings().refuse_late {
             self.roll.requests.close();
         }
+        self.draining.give();
         // Wakers are the code of others.
-        drop(catch(|| self.draining.cancel()));
+        drop(catch(|| self.token.cancel()));
     }
 
     pub(crate) fn is_draining(&self) -> bool {
-        // Relaxed: what must not miss it has the lock of the settings between.
-        self.is_draining.load(Relaxed)
+        self.told.load(Relaxed) >= DRAIN
     }
 
     /// Requests and tasks are to end.
     pub(crate) fn cancel(&self) {
         self.roll.requests.close();
-        for registry in self.registries() {
-            registry.close();
-            registry.cancel_all();
-        }
+        self.tell_registries(CANCEL);
         // Last: of a request that ends first, the tasks would end for that, and be missing among
         // those that were forced.
         self.ending.give();
     }
 
     pub(crate) fn abort(&self) {
-        for registry in self.registries() {
-            registry.abort_all();
-        }
+        self.tell_registries(ABORT);
     }
 
     /// Nothing more is accepted; what is so now is the report.
     pub(crate) fn over(&self, server_ended: bool) -> Report {
         self.drain();
         self.roll.requests.close();
-        for registry in self.registries() {
-            registry.close();
-        }
+        self.tell_registries(CLOSE);
         self.report(server_ended)
     }
 
     /// What would come at the deadline comes now.
-    pub(crate) fn hurry(&self) {
-        self.begin();
-        if self.hurry.set(std::time::Instant::now()).is_ok() {
-            self.tell();
-            say(|| tracing::warn!("the shutdown is cut short"));
-        }
+    pub(crate) fn hurry(&self) -> Option<Line> {
+        let is_first = self.hurry.set(std::time::Instant::now()).is_ok();
+        self.tell();
+        is_first.then_some(Line::CutShort)
     }
 
     pub(crate) fn is_hurried(&self) -> bool {
@@ -281,6 +341,11 @@ impl State {
 
     pub(crate) fn pulse(&self) -> impl Future<Output = ()> {
         self.pulse.notified()
+    }
+
+    /// Whether a server goes on that is run.
+    pub(crate) fn is_served(&self) -> bool {
+        self.servers.load(Relaxed) > 0
     }
 
     /// Whoever has this drives the shutdown. One that `runs` it is taken for stuck if it does not
@@ -421,22 +486,23 @@ impl Drop for Driver<'_> {
     }
 }
 
-/// Logs a line. A panic of the subscriber, which is the code of others, goes no further: the
-/// shutdown has to go on, and the keeper's thread to listen.
-pub(crate) fn say(log: impl FnOnce()) {
-    drop(catch(log));
+/// A server goes on.
+pub(crate) struct Serving<'a>(&'a State);
+
+impl<'a> Serving<'a> {
+    pub(crate) fn new(state: &'a State) -> Self {
+        state.servers.fetch_add(1, Relaxed);
+        Self(state)
+    }
+}
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.servers.fetch_sub(1, Relaxed);
+        self.0.tell();
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Waits for either.
-async fn first(one: impl Future<Output = ()>, other: impl Future<Output = ()>) {
-    let (mut one, mut other) = (pin!(one), pin!(other));
-    poll_fn(|cx| match one.as_mut().poll(cx) {
-        Poll::Ready(()) => Poll::Ready(()),
-        Poll::Pending => other.as_mut().poll(cx),
-    })
-    .await;
 }

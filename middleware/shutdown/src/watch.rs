@@ -7,7 +7,8 @@ use std::{
 
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::CancellationToken;
+use tower_response_end::Waiter;
 
 use crate::state::State;
 
@@ -32,7 +33,7 @@ impl ShutdownWatch {
 
     /// Whether the server has stopped accepting: what goes on without an end should end itself.
     pub fn is_draining(&self) -> bool {
-        self.0.draining.is_cancelled()
+        self.0.is_draining()
     }
 
     /// Waits until the server stops accepting.
@@ -41,13 +42,13 @@ impl ShutdownWatch {
     ///
     /// Cancel safe: it only watches.
     pub fn draining(&self) -> Draining {
-        Draining { inner: self.0.draining.clone().cancelled_owned() }
+        Draining { waiter: self.0.draining.waiter() }
     }
 
     /// The same for code that takes a [`CancellationToken`]. To cancel it cancels nothing of the
     /// shutdown.
     pub fn token(&self) -> CancellationToken {
-        self.0.draining.child_token()
+        self.0.token.child_token()
     }
 
     /// A body that comes to its end when the server stops accepting.
@@ -71,21 +72,18 @@ impl fmt::Debug for ShutdownWatch {
     }
 }
 
-pin_project! {
-    /// Future of [`ShutdownWatch::draining`]. A stream ends with it as in
-    /// `stream.take_until(watch.draining())`, which is futures-util's.
-    #[must_use = "futures do nothing unless polled"]
-    pub struct Draining {
-        #[pin]
-        inner: WaitForCancellationFutureOwned,
-    }
+/// Future of [`ShutdownWatch::draining`]. A stream ends with it as in
+/// `stream.take_until(watch.draining())`, which is futures-util's.
+#[must_use = "futures do nothing unless polled"]
+pub struct Draining {
+    waiter: Waiter,
 }
 
 impl Future for Draining {
     type Output = ();
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        self.project().inner.poll(cx)
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.waiter.poll_given(cx)
     }
 }
 

@@ -391,6 +391,142 @@ async fn a_waker_that_panics_stops_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_waker_that_panics_takes_nothing_from_those_behind_it() {
+    struct Panics;
+    impl Wake for Panics {
+        fn wake(self: Arc<Self>) {
+            panic!("the waker panics");
+        }
+    }
+    let waker = Arc::new(Panics).into();
+    let shutdown = shutdown();
+    let watch = shutdown.watch();
+    let wait = || {
+        let watch = watch.clone();
+        tokio::spawn(async move { watch.draining().await })
+    };
+    let mut waiting: Vec<_> = (0..10).map(|_| wait()).collect();
+    settle().await;
+    let mut draining = pin!(watch.draining());
+    assert!(draining.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    waiting.extend((0..50).map(|_| wait()));
+    settle().await;
+    shutdown.finish().await;
+    for task in waiting {
+        task.await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_ended_is_forced_though_its_destructor_panics() {
+    struct Panics;
+    impl Drop for Panics {
+        fn drop(&mut self) {
+            panic!("while it is dropped");
+        }
+    }
+    struct Stuck {
+        _panics: Panics,
+    }
+    impl Body for Stuck {
+        type Data = Bytes;
+        type Error = Infallible;
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Pending
+        }
+    }
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown().tasks(&tasks);
+    let call = shutdown.layer().layer(service_fn(|_: Request<()>| async {
+        let _panics = Panics;
+        pending::<Reply>().await
+    }));
+    let body = shutdown.layer().layer(service_fn(|_: Request<()>| {
+        let panics = Panics;
+        let body = Stuck { _panics: panics };
+        ready(Ok::<_, Infallible>(Response::new(body)))
+    }));
+    let plain = shutdown.layer().plain().layer(service_fn(|(): ()| async {
+        let _panics = Panics;
+        pending::<Result<(), Infallible>>().await
+    }));
+    let call = tokio::spawn(call.oneshot(Request::new(())));
+    let body =
+        tokio::spawn(async { body.oneshot(Request::new(())).await.unwrap().collect().await });
+    let plain = tokio::spawn(plain.oneshot(()));
+    let panics = Panics;
+    tasks
+        .spawn("task", async move {
+            let _panics = panics;
+            pending::<()>().await;
+        })
+        .unwrap();
+    settle().await;
+    let report = shutdown.finish().await;
+    assert!(call.await.is_err() && body.await.is_err() && plain.await.is_err());
+    assert_eq!((report.requests.ended, report.requests.completed), (3, 0), "{report}");
+    assert_eq!((report.forced().len(), report.exit_code()), (4, 1), "{report}");
+    assert!(report.forced().iter().all(|it| it.outcome == Some(Outcome::Panicked)), "{report}");
+    assert_adds_up(&report);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_registry_that_comes_late_is_told_all_that_the_others_were() {
+    // In the drain, in the cancel phase, and when all is over.
+    for (after, forced) in [(secs(10), 1), (secs(22), 1), (secs(26), 0)] {
+        let (first, late) = (TaskRegistry::new(), TaskRegistry::new());
+        let shutdown = shutdown().grace(secs(5)).tasks(&first);
+        let obeys = first.task("obeys").grace(secs(60)).spawn_graceful(|stop| async move {
+            stop.cancelled().await;
+            sleep(secs(3)).await;
+        });
+        late.spawn("late", pending::<()>()).unwrap();
+        let add = async {
+            sleep(after).await;
+            drop(shutdown.clone().tasks(&late));
+        };
+        let (report, ()) = tokio::join!(shutdown.finish(), add);
+        assert_eq!(report.forced().len(), forced, "{report}");
+        assert_adds_up(&report);
+        obeys.unwrap().await.unwrap();
+        assert!(late.is_closed());
+        assert_eq!(late.len(), 1 - forced);
+        assert_eq!(late.spawn("later", async {}).unwrap_err().reason, SpawnError::Closed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn several_servers_are_served_until_the_last_has_ended() {
+    let shutdown = shutdown().settle(secs(2));
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown.tasks(&tasks);
+    let start = Instant::now();
+    let first = shutdown.run(async {
+        sleep(secs(1)).await;
+        Ok::<(), Infallible>(())
+    });
+    let second = async {
+        shutdown.signalled().await;
+        assert_eq!(start.elapsed(), secs(1) + secs(2), "it had its settle delay");
+        sleep(secs(3)).await;
+        let answer = service_fn(|_: Request<()>| async { Reply::Ok(Response::default()) });
+        let late = shutdown.layer().layer(answer).oneshot(Request::new(())).await.unwrap();
+        assert_eq!(late.status(), StatusCode::OK, "it is served");
+        late.into_body().collect().await.unwrap();
+        Ok::<(), Infallible>(())
+    };
+    let (first, second) = tokio::join!(first, shutdown.run(second));
+    for report in [first.unwrap(), second.unwrap()] {
+        assert_eq!((report.took, report.requests.refused), (secs(5), 0), "{report}");
+        assert_eq!((report.requests.later, report.requests.completed), (1, 1), "{report}");
+        assert!(report.server_ended);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_finish_that_was_given_up_goes_on_where_the_time_is() {
     let tasks = TaskRegistry::new();
     let shutdown = shutdown().tasks(&tasks);

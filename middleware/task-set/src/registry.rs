@@ -607,7 +607,7 @@ impl Sets {
     }
 
     /// Whether it has a use for one more set that is spare.
-    const fn wants_spare(&self) -> bool {
+    fn wants_spare(&self) -> bool {
         /// Of at most 5 kB each.
         const MOST: usize = 8;
         self.spare.len() < MOST && !self.abandoned

@@ -1749,7 +1749,7 @@ mod tests {
 
         let set = make();
         let waiter = set.clone();
-        let hand = Default::default();
+        let hand = std::sync::Mutex::default();
         let plan = Plan { hand: Some(&hand), ..Plan::new("task", Location::caller()) };
         assert!(matches!(waiter.admit(&plan), Err(Refusal::Full)));
         set.end(End::Completed);

@@ -1,0 +1,76 @@
+//! What a shutdown says of itself.
+
+use std::{process, thread, time::Duration};
+
+use tower_catch_unwind::catch;
+
+use crate::Report;
+
+/// So long a process that exits waits for its last line.
+pub(crate) const LAST_LINE: Duration = Duration::from_secs(1);
+/// The same if somebody is impatient.
+pub(crate) const LAST_LINE_IN_A_HURRY: Duration = Duration::from_millis(50);
+
+/// A line of the log.
+pub(crate) enum Line {
+    Begun { budget: Duration, requests: u32, tasks: u64 },
+    CutShort,
+    ThirdSignal(i32),
+    NoShutdownLeft(i32),
+    Report(Report),
+    Stuck(Report),
+    Failed(String),
+}
+
+impl Line {
+    fn log(self) {
+        match self {
+            Self::Begun { budget, requests, tasks } => {
+                tracing::info!(?budget, requests, tasks, "shutting down");
+            }
+            Self::CutShort => tracing::warn!("the shutdown is cut short"),
+            Self::ThirdSignal(signal) => {
+                tracing::error!(signal, "third signal: the process exits, whatever goes on");
+            }
+            Self::NoShutdownLeft(signal) => {
+                tracing::warn!(signal, "no shutdown is left: the process exits");
+            }
+            Self::Report(report) if report.forced.is_empty() => tracing::info!("{report}"),
+            Self::Report(report) => tracing::error!("{report}"),
+            Self::Stuck(report) => {
+                tracing::error!(
+                    "the runtime is stuck: the shutdown is reported from another thread"
+                );
+                Self::Report(report).log();
+            }
+            Self::Failed(why) => tracing::error!("{why}"),
+        }
+    }
+
+    pub(crate) fn say(self) {
+        say(|| self.log());
+    }
+
+    /// Says it without waiting for that: a subscriber is the code of others, and may block for ever
+    /// if nobody reads what it writes.
+    pub(crate) fn say_elsewhere(self) {
+        // Without a thread it is not said.
+        drop(thread::Builder::new().name("shutdown-log".to_owned()).spawn(|| self.say()));
+    }
+
+    /// Says it, and ends the process with this code: so long after, if it is not said by then.
+    pub(crate) fn say_last(self, within: Duration, code: i32) -> ! {
+        let exit = move || {
+            thread::sleep(within);
+            process::exit(code);
+        };
+        drop(thread::Builder::new().name("shutdown-exit".to_owned()).spawn(exit));
+        self.say();
+        process::exit(code)
+    }
+}
+
+/// Logs something. A panic of the subscriber goes no further: the shutdown has to go on.
+pub(crate) fn say(log: impl FnOnce()) {
+    drop(catch(log));
+}
