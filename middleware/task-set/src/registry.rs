@@ -533,36 +533,28 @@ impl Sets {
     }
 
     /// A set that is [blank](Set::is_blank) and nobody else's, for who has this lock: a spare one if
-    /// there is one, else a new one. And one that was spare, and is not any more: to be dropped when
-    /// the lock is not held.
+    /// there is one, else a new one.
     ///
     /// `here`: on the runtime that was seen last. If not, on none.
     #[expect(clippy::inline_always, reason = "in one of two places")]
     #[inline(always)]
-    pub(crate) fn take(
-        &mut self,
-        here: bool,
-        config: &Arc<Config>,
-    ) -> (Option<Arc<Set>>, &mut Arc<Set>) {
+    pub(crate) fn take(&mut self, here: bool, config: &Arc<Config>) -> Taken<'_> {
         let spare = if here { self.spare.pop() } else { None };
         let mut lost = None;
         let index = match spare {
-            Some(index) if self.is_ours(index) => index,
+            Some(index) if self.is_nobodys(index) => index,
             spare => {
                 lost = spare.and_then(|index| self.unlist(index));
                 self.add(here, config)
             }
         };
         let set = self.listed[index].as_mut().expect("it is there");
-        (lost, set)
+        Taken { set, runtime: self.runtime.as_ref().filter(|_| here), lost }
     }
 
-    /// Whether a set that was spare is so still. Who had it then may have it yet, or have chosen
-    /// something since.
     #[inline]
-    fn is_ours(&mut self, index: usize) -> bool {
-        let set = self.listed[index].as_mut().and_then(Arc::get_mut);
-        set.is_some_and(|set| set.is_blank() && set.puts_on(self.runtime.as_ref()))
+    fn is_nobodys(&self, index: usize) -> bool {
+        self.listed[index].as_ref().is_some_and(|set| Arc::strong_count(set) == 1)
     }
 
     #[inline(never)]
@@ -596,6 +588,7 @@ impl Sets {
     /// The runtime that is seen now. What is known of the one before is the code of others: to be
     /// dropped when the lock is not held.
     #[cold]
+    #[inline(never)]
     fn see(&mut self, runtime: Arc<Runtime>) -> Before {
         let runtime = self.runtime.replace(runtime);
         let spare = self.spare.iter().filter_map(|index| {
@@ -637,6 +630,15 @@ impl Sets {
         sets.extend(self.listed.iter().flatten().cloned());
         sets
     }
+}
+
+/// A set for who has its shard's lock.
+pub(crate) struct Taken<'a> {
+    pub(crate) set: &'a mut Arc<Set>,
+    /// What it is to be on.
+    pub(crate) runtime: Option<&'a Arc<Runtime>>,
+    /// One that was spare, and that somebody still has. To be dropped when the lock is not held.
+    pub(crate) lost: Option<Arc<Set>>,
 }
 
 /// What was known of the runtime that a shard has seen before.
@@ -704,13 +706,14 @@ impl Owner {
         if let Some(own) = sets.own_for(config, handle.as_ref()) {
             return Some(own);
         }
-        let (lost, set) = sets.take(handle.is_some(), config);
-        Arc::get_mut(set).expect("it is nobody else's").begin_own(config);
+        let Taken { set, runtime, lost } = sets.take(handle.is_some(), config);
+        let new = Arc::get_mut(set).expect("it is nobody else's");
+        let left = new.begin_own(config, runtime);
         let set = set.clone();
         // One that was made with other choices, or elsewhere, is over when its tasks are.
         let other = sets.own.replace(set.clone());
         drop(sets);
-        drop(lost);
+        drop((lost, left));
         if let Some(other) = other {
             other.disown();
         }
@@ -725,7 +728,7 @@ impl Owner {
     pub(crate) fn lock_for(
         self: &Arc<Self>,
         handle: Option<&runtime::Handle>,
-    ) -> (Option<Before>, MutexGuard<'_, Sets>) {
+    ) -> (Option<Box<Before>>, MutexGuard<'_, Sets>) {
         let shard = &self.shards[this_shard()].0;
         let sets = lock(shard);
         let Some(handle) = handle else { return (None, sets) };
@@ -735,7 +738,7 @@ impl Owner {
                 drop(sets);
                 let runtime = self.runtime(handle.clone());
                 let mut sets = lock(shard);
-                (Some(sets.see(runtime)), sets)
+                (Some(Box::new(sets.see(runtime))), sets)
             }
         }
     }

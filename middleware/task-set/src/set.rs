@@ -27,7 +27,7 @@ use crate::{
     lifetime::Policy,
     place,
     reaper::{Key, Runtime, Who},
-    registry::{self, Config, Owner},
+    registry::{self, Config, Owner, Taken},
     stop::Stop,
     sync::{self, AtomicU8, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, get_mut, lock},
     task::{Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
@@ -36,7 +36,7 @@ use crate::{
 
 pub(crate) use home::{Home, current_task};
 
-use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, NOT_YET, Stage, Watch};
+use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, NOT_YET, Rare, Stage, Watch};
 
 /// Bits of [`Set::marks`]: some task has been told something. Look under the lock.
 pub(crate) const ORDERS: u8 = 1;
@@ -99,23 +99,29 @@ impl Set {
         };
         let born = Instant::now();
         // Dropped when the lock is not held any more, as is what comes before it.
-        let _lost;
+        let (_lost, _left);
         let (_before, mut sets) = config.owner.lock_for(handle.as_ref());
         let closed = sets.is_closed();
-        let set;
-        (_lost, set) = sets.take(handle.is_some(), config);
+        let Taken { set, runtime, lost } = sets.take(handle.is_some(), config);
+        _lost = lost;
         let new = Arc::get_mut(set).expect("it is nobody else's");
-        new.begin(config, context, limits, level, born);
+        _left = new.begin(config, runtime, context, limits, level, born);
         get_mut(&mut new.inner).begin(closed, false);
         set.clone()
     }
 
-    /// Of the registry: its tasks are from many places.
-    pub(crate) fn begin_own(&mut self, config: &Arc<Config>) {
+    /// Begins as the registry's: its tasks are from many places.
+    pub(crate) fn begin_own(
+        &mut self,
+        config: &Arc<Config>,
+        runtime: Option<&Arc<Runtime>>,
+    ) -> Option<Box<Left>> {
         let level = if config.limit.is_some() { Level::Task } else { Level::Free };
-        self.begin(config, RequestContext::new(), Limits::default(), level, Instant::now());
+        let (context, limits) = (RequestContext::new(), Limits::default());
+        let left = self.begin(config, runtime, context, limits, level, Instant::now());
         self.own = true;
         get_mut(&mut self.inner).begin(false, true);
+        left
     }
 
     /// One that is [blank](Self::is_blank).
@@ -140,17 +146,28 @@ impl Set {
         })
     }
 
-    /// Begins, as it is [blank](Self::is_blank).
+    /// Begins, as it is [blank](Self::is_blank), but for what those have left in it who still had it
+    /// when it was spare.
     #[expect(clippy::inline_always, reason = "in one of two places, with arguments on the stack")]
     #[inline(always)]
     fn begin(
         &mut self,
         config: &Arc<Config>,
+        runtime: Option<&Arc<Runtime>>,
         context: RequestContext,
         limits: Limits,
         level: Level,
         born: Instant,
-    ) {
+    ) -> Option<Box<Left>> {
+        if self.runtime.is_none() {
+            self.runtime = runtime.cloned();
+        }
+        let is_there = self.runtime.as_ref().map(Arc::as_ptr) == runtime.map(Arc::as_ptr);
+        let mut left = None;
+        if !is_there || get_mut(&mut self.inner).has_more() {
+            left = Some(Box::new(self.tidy(runtime)));
+        }
+        debug_assert!(self.is_blank());
         let mut marks = 0;
         if !context.is_empty() {
             marks |= CONTEXT;
@@ -158,7 +175,7 @@ impl Set {
         if level != Level::Free {
             marks |= LEVEL;
         }
-        let is_chosen = config.runtime.is_some() || self.runtime.is_none();
+        let is_chosen = config.runtime.is_some() || runtime.is_none();
         if is_chosen || !limits.is_empty() || config.observer.is_some() {
             marks |= CARE;
         }
@@ -174,6 +191,14 @@ impl Set {
         self.own = false;
         self.level = level;
         self.marks.store(marks, Ordering::Relaxed);
+        left
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn tidy(&mut self, runtime: Option<&Arc<Runtime>>) -> Left {
+        let before = mem::replace(&mut self.runtime, runtime.cloned());
+        Left { _more: get_mut(&mut self.inner).take_more(), _runtime: before }
     }
 
     /// Lets go of it. If it has [retired](Self::retire), and nobody else has it, it is for another
@@ -199,23 +224,9 @@ impl Set {
     }
 
     /// Whether there is nothing in it but counts, and memory for some tasks.
-    #[inline]
-    pub(crate) fn is_blank(&mut self) -> bool {
+    fn is_blank(&mut self) -> bool {
         let is_nowhere = self.context.is_empty() && self.limits.is_empty();
         is_nowhere && self.late_runtime.get().is_none() && get_mut(&mut self.inner).is_blank()
-    }
-
-    /// Whether it is on this runtime; if it was on none, it is from now on.
-    #[inline]
-    pub(crate) fn puts_on(&mut self, runtime: Option<&Arc<Runtime>>) -> bool {
-        match (&self.runtime, runtime) {
-            (Some(its), Some(here)) => Arc::ptr_eq(its, here),
-            (None, here) => {
-                self.runtime = here.cloned();
-                here.is_some()
-            }
-            (Some(_), None) => false,
-        }
     }
 
     pub(crate) fn take_runtime(&mut self) -> Option<Arc<Runtime>> {
@@ -1417,6 +1428,12 @@ impl fmt::Debug for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Set").field("len", &self.len()).finish_non_exhaustive()
     }
+}
+
+/// What was left in a set that was spare: the code of others.
+pub(crate) struct Left {
+    _more: (Option<Waker>, Option<Box<Rare>>),
+    _runtime: Option<Arc<Runtime>>,
 }
 
 /// What is left to do when tasks were told something.

@@ -406,8 +406,14 @@ impl Inner {
         let is_small = self.tasks.len() <= ENTRIES_KEPT
             && self.extras.capacity() <= EXTRAS_KEPT
             && !self.kinds.rest.spilled();
-        let has_more = self.response.is_some() || self.rare.is_some();
-        (self.live, self.holds) == (0, 0) && is_small && !has_more && self.extras.is_empty()
+        let has_none = (self.live, self.holds) == (0, 0) && self.extras.is_empty();
+        has_none && is_small && !self.has_more()
+    }
+
+    /// Whether it has what few sets have, and is the code of others.
+    #[inline]
+    pub(super) fn has_more(&self) -> bool {
+        self.response.is_some() || self.rare.is_some()
     }
 
     /// All that a set has to begin with again.
@@ -444,6 +450,10 @@ impl Inner {
             self.extras = Vec::new();
         }
         self.kinds.clear();
+        self.take_more()
+    }
+
+    pub(super) fn take_more(&mut self) -> (Option<Waker>, Option<Box<Rare>>) {
         (self.response.take(), self.rare.take())
     }
 
