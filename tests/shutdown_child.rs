@@ -87,9 +87,12 @@ async fn run(what: &str, budget: Duration) {
                 drop(failed(&Shutdown::new(budget)).await);
             }
             drop(shutdown);
-            while threads_called("shutdown") > 1 {
-                sleep(Duration::from_millis(1)).await;
-            }
+            let one_is_left = async {
+                while threads_called("shutdown") > 1 {
+                    sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), one_is_left).await.expect("they end");
             ready();
             return pending().await;
         }

@@ -18,6 +18,7 @@ use std::{
 };
 
 use tokio::{runtime, sync::Notify};
+use tower_catch_unwind::catch;
 
 use crate::{
     log::{LAST_LINE, LAST_LINE_IN_A_HURRY, Line},
@@ -80,7 +81,7 @@ impl Keeper {
                 pace = Pace::default();
             }
             // Only a handle may keep it alive while this waits.
-            drop(state);
+            let_go(state);
             let mut woken = pin!(self.woken.notified());
             let mut tick = pin!(tokio::time::sleep(TICK));
             let signal = poll_fn(|cx| {
@@ -95,7 +96,15 @@ impl Keeper {
             })
             .await;
             match self.state.upgrade() {
-                Some(state) => signal.into_iter().for_each(|number| obey(&state, number)),
+                Some(state) => {
+                    if let Some(number) = signal {
+                        obey(&state, number);
+                    }
+                    if let_go(state) {
+                        // Nobody sees what this has begun.
+                        unheard = signal;
+                    }
+                }
                 None => unheard = signal,
             }
         }
@@ -104,6 +113,14 @@ impl Keeper {
             outlive(signals, unheard, !OUTLIVED.swap(true, SeqCst)).await;
         }
     }
+}
+
+/// Whether this was the last who had it. What goes with it is the code of others, and may panic.
+fn let_go(state: Arc<State>) -> bool {
+    let last = Arc::into_inner(state);
+    let is_last = last.is_some();
+    drop(catch(|| drop(last)));
+    is_last
 }
 
 /// The shutdown is gone, and the process goes on. What listened to a signal once keeps it from
@@ -123,7 +140,7 @@ async fn outlive(mut signals: Signals, mut unheard: Option<i32>, first: bool) {
         let Some(number) = number else { return };
         // Else it is for another shutdown.
         if LISTENING.load(SeqCst) == 0 {
-            Line::NoShutdownLeft(number).say_last(LAST_LINE_IN_A_HURRY, 128 + number);
+            Line::NoShutdownLeft(number).say_and_exit(LAST_LINE_IN_A_HURRY, 128 + number);
         }
     }
 }
@@ -131,14 +148,11 @@ async fn outlive(mut signals: Signals, mut unheard: Option<i32>, first: bool) {
 fn obey(state: &State, signal: i32) {
     let line = match state.count_signal() {
         1 => state.begin_silently().1,
-        2 => {
-            let begun = state.begin_silently().1;
-            state.hurry().or(begun)
-        }
-        _ => Line::ThirdSignal(signal).say_last(LAST_LINE_IN_A_HURRY, 128 + signal),
+        2 => state.hurry(),
+        _ => Line::ThirdSignal(signal).say_and_exit(LAST_LINE_IN_A_HURRY, 128 + signal),
     };
     // Not here: this goes on to listen.
-    line.into_iter().for_each(Line::say_elsewhere);
+    line.into_iter().for_each(Line::say_detached);
 }
 
 /// Whether a shutdown that is run goes on.
@@ -154,7 +168,7 @@ impl Pace {
         if stands_still && state.is_overdue_by(PATIENCE) {
             let report = state.report(false);
             let code = report.exit_code();
-            Line::Stuck(report).say_last(LAST_LINE, code);
+            Line::Stuck(report).say_and_exit(LAST_LINE, code);
         }
     }
 

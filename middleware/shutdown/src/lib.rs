@@ -115,9 +115,9 @@
 //! one thread, which listens to signals and wakes the shutdown 20 times a second while it goes on:
 //! so a task that never yields, which may keep the runtime's own driver from running, cannot hold it
 //! up. If all threads of a runtime are blocked, `run` is not polled: then that thread makes the
-//! report and exits the process. A log that blocks holds up whoever writes to it, but not that thread,
-//! and an exit for a second at most. When the shutdown is gone, one such thread of the process stays,
-//! for the signals.
+//! report and exits the process. A log that blocks holds up whoever writes to it, but no exit for
+//! longer than a second. When the last shutdown is gone, one thread that listened stays for the life
+//! of the process: a signal then ends it.
 //!
 //! Without a time driver that thread alone keeps the time; a settle delay then needs `run`. A runtime
 //! cannot be asked for one: if there is anything to wait for, one panic of tokio's is seen by the

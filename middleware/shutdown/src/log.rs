@@ -1,6 +1,13 @@
-//! What a shutdown says of itself.
+//! The lines of the log, each said in one of three ways: here, on a thread of its own, or as the
+//! last before the exit. For a subscriber is the code of others, and may block for ever if nobody
+//! reads what it writes.
 
-use std::{process, thread, time::Duration};
+use std::{
+    process,
+    sync::{Condvar, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
 
 use tower_catch_unwind::catch;
 
@@ -51,23 +58,43 @@ impl Line {
         say(|| self.log());
     }
 
-    /// Says it without waiting for that: a subscriber is the code of others, and may block for ever
-    /// if nobody reads what it writes.
-    pub(crate) fn say_elsewhere(self) {
+    /// Says it without waiting for that.
+    pub(crate) fn say_detached(self) {
+        count(|saying| saying + 1);
+        let say = || {
+            self.say();
+            count(|saying| saying - 1);
+        };
         // Without a thread it is not said.
-        drop(thread::Builder::new().name("shutdown-log".to_owned()).spawn(|| self.say()));
+        if thread::Builder::new().name("shutdown-log".to_owned()).spawn(say).is_err() {
+            count(|saying| saying - 1);
+        }
     }
 
-    /// Says it, and ends the process with this code: so long after, if it is not said by then.
-    pub(crate) fn say_last(self, within: Duration, code: i32) -> ! {
+    /// Says it when all else is said, and ends the process with this code: so long after, if that is
+    /// not done by then; unless there is no thread to be had for that.
+    pub(crate) fn say_and_exit(self, within: Duration, code: i32) -> ! {
         let exit = move || {
             thread::sleep(within);
             process::exit(code);
         };
-        drop(thread::Builder::new().name("shutdown-exit".to_owned()).spawn(exit));
+        if thread::Builder::new().name("shutdown-exit".to_owned()).spawn(exit).is_ok() {
+            let saying = SAYING.lock().unwrap_or_else(PoisonError::into_inner);
+            drop(SAID.wait_while(saying, |saying| *saying > 0));
+        }
         self.say();
         process::exit(code)
     }
+}
+
+/// How many lines are being said by threads of their own.
+static SAYING: Mutex<usize> = Mutex::new(0);
+static SAID: Condvar = Condvar::new();
+
+fn count(change: impl FnOnce(usize) -> usize) {
+    let mut saying = SAYING.lock().unwrap_or_else(PoisonError::into_inner);
+    *saying = change(*saying);
+    SAID.notify_all();
 }
 
 /// Logs something. A panic of the subscriber goes no further: the shutdown has to go on.

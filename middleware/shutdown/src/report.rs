@@ -15,7 +15,8 @@ pub struct Report {
     pub took: Duration,
     /// What it might have taken.
     pub budget: Duration,
-    /// Whether the server has ended by itself. If not, it was dropped: some connection stayed
+    /// Whether the server has ended by itself: of several the one of this report; true where none is
+    /// [run](crate::Shutdown::run). If not, it was dropped: some connection stayed
     /// open, though perhaps nobody was waiting for anything on it.
     pub server_ended: bool,
     /// What became of the requests.
@@ -50,7 +51,7 @@ impl Report {
     /// `std::process::exit(report.exit_code())`.
     pub fn exit(self) -> ! {
         let code = self.exit_code();
-        Line::Report(self).say_last(LAST_LINE, code)
+        Line::Report(self).say_and_exit(LAST_LINE, code)
     }
 }
 

@@ -140,8 +140,9 @@ impl Shutdown {
     /// `server` should stop accepting when [`signalled`](Self::signalled) is ready. A server that
     /// ends by itself starts the shutdown too.
     ///
-    /// Several servers may be run at once, each by a clone: each of these returns when all of them are
-    /// done.
+    /// Several servers can run under one shutdown: call this for each, at the same time. The signal
+    /// stops them all, and so does the end of any one, with an error too. No call returns before all
+    /// have ended, or the budget is spent. One that is not polled yet is not waited for.
     ///
     /// A second signal cuts the shutdown short: what would come at the deadline comes at once. A
     /// third exits the process, with 128 and the number of the signal. The report's code ends it if
@@ -212,14 +213,11 @@ impl Shutdown {
         let mut course = None;
         let mut alarm = Alarm::new();
         let mut left = pin!(self.left());
-        let mut pulse = Box::pin(state.pulse());
         let mut still = 0;
         let report = poll_fn(|cx| {
             driver.beat();
-            // Made anew before anything is looked at: what comes after that is not missed.
-            while pulse.as_mut().poll(cx).is_ready() {
-                pulse.set(state.pulse());
-            }
+            // Before anything is looked at: what comes after that is not missed.
+            state.listen(cx.waker());
             if server.poll_ended(cx) {
                 state.begin();
             }
@@ -229,7 +227,7 @@ impl Shutdown {
                 alarm.progress = now.checked_add(PROGRESS);
                 Course::new(&begun.plan, begun.at)
             });
-            if !state.is_served() {
+            if !driver.waits_for_servers() {
                 course.skip_settling(now);
             }
             if state.is_hurried() {
@@ -244,7 +242,8 @@ impl Shutdown {
                     still = left;
                 }
                 let is_draining = course.phase() >= Phase::Draining;
-                let done = is_draining && !state.is_served() && left.as_mut().poll(cx).is_ready();
+                let done =
+                    is_draining && !driver.waits_for_servers() && left.as_mut().poll(cx).is_ready();
                 match course.step(now, done) {
                     None => break,
                     Some(Phase::Settling) => {}
@@ -429,7 +428,7 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> RunError<E> {
             }
         });
         let why = why.unwrap_or_else(|_| "the server has failed".to_owned());
-        Line::Failed(why).say_last(LAST_LINE, 1)
+        Line::Failed(why).say_and_exit(LAST_LINE, 1)
     }
 }
 

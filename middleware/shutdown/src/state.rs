@@ -1,12 +1,13 @@
 use std::{
     fmt,
     future::poll_fn,
+    mem,
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
-    task::Poll,
+    task::{Poll, Waker},
     time::Duration,
 };
 
@@ -36,18 +37,22 @@ pub(crate) struct State {
     pub(crate) log: Log,
     refused: AtomicU64,
     begun: OnceLock<Begun>,
+    beginning: Signal,
     /// The server is to accept nothing more.
     pub(crate) draining: Signal,
-    /// The same.
+    /// The same for code that takes this: its wakers are not caught one by one.
     pub(crate) token: CancellationToken,
-    /// What the registries were told so far: those that come later are told it too.
+    /// What the registries were told so far, which those that come later are told too: so it also
+    /// says at once whether it is draining.
     told: AtomicU8,
     /// The requests in flight are to end.
     pub(crate) ending: Signal,
     signals: AtomicU8,
     hurry: OnceLock<std::time::Instant>,
-    /// Something has happened, or it is time to look at the clock.
-    pulse: Notify,
+    hurrying: Signal,
+    /// Those who drive it, to be told that something has happened, or that it is time to look at the
+    /// clock.
+    pulse: Mutex<Vec<Waker>>,
     /// Wakes the keeper.
     pub(crate) woken: Arc<Notify>,
     keeper: Mutex<bool>,
@@ -78,11 +83,13 @@ pub(crate) struct Begun {
     tasks: Counts,
 }
 
-/// Of what registries are told: work outside of requests is refused; all is; tasks are to end; and
-/// have no grace any more.
+/// What registries are told: work outside of requests is refused.
 const DRAIN: u8 = 1;
+/// All is.
 const CLOSE: u8 = 2;
+/// And tasks are to end.
 const CANCEL: u8 = 3;
+/// And have no grace any more.
 const ABORT: u8 = 4;
 
 fn tell(registry: &TaskRegistry, what: u8) {
@@ -123,13 +130,15 @@ impl State {
             log: Log::default(),
             refused: AtomicU64::new(0),
             begun: OnceLock::new(),
+            beginning: Signal::new(),
             draining: Signal::new(),
             token: CancellationToken::new(),
             told: AtomicU8::new(0),
             ending: Signal::new(),
             signals: AtomicU8::new(0),
             hurry: OnceLock::new(),
-            pulse: Notify::new(),
+            hurrying: Signal::new(),
+            pulse: Mutex::default(),
             woken: Arc::default(),
             keeper: Mutex::new(false),
             servers: AtomicUsize::new(0),
@@ -155,7 +164,10 @@ impl State {
         }
         settings.registries.push(registry.clone());
         drop(settings);
-        for what in DRAIN..=self.told.load(Relaxed) {
+        // Asked again each time: what is told meanwhile may come before what is told here.
+        let mut what = 0;
+        while what < self.told.load(Relaxed) {
+            what += 1;
             tell(registry, what);
         }
     }
@@ -204,6 +216,7 @@ impl State {
         let (requests, tasks) = (begun.requests.in_flight, begun.tasks.live);
         let mut line = None;
         if self.begun.set(begun).is_ok() {
+            self.beginning.give();
             self.tell();
             self.woken.notify_one();
             line = Some(Line::Begun { budget: plan.budget, requests, tasks });
@@ -220,15 +233,10 @@ impl State {
     }
 
     /// Waits until it has begun.
-    pub(crate) async fn beginning(&self) -> &Begun {
-        loop {
-            // First listen, then look.
-            let told = self.pulse();
-            if let Some(begun) = self.begun() {
-                return begun;
-            }
-            told.await;
-        }
+    async fn beginning(&self) -> &Begun {
+        let mut beginning = self.beginning.waiter();
+        poll_fn(|cx| beginning.poll_given(cx)).await;
+        self.begun().expect("it is set before the signal is given")
     }
 
     /// Waits for the moment to stop accepting, and sees to it that it comes.
@@ -243,30 +251,18 @@ impl State {
             let sleep = until.and_then(|until| catch(|| sleep_until(until)).ok());
             let mut sleep = pin!(sleep);
             let mut draining = self.draining.waiter();
-            let mut hurried = pin!(self.hurried());
+            let mut hurrying = self.hurrying.waiter();
             poll_fn(|cx| {
                 let sleep = sleep.as_mut().as_pin_mut();
                 let is_ready = |it| catch(|| Future::poll(it, cx)).is_ok_and(|it| it.is_ready());
                 let settled = sleep.is_some_and(is_ready)
                     || draining.poll_given(cx).is_ready()
-                    || hurried.as_mut().poll(cx).is_ready();
+                    || hurrying.poll_given(cx).is_ready();
                 if settled { Poll::Ready(()) } else { Poll::Pending }
             })
             .await;
         }
         self.drain();
-    }
-
-    /// Waits until there is no time left.
-    async fn hurried(&self) {
-        loop {
-            // First listen, then look.
-            let told = self.pulse();
-            if self.is_hurried() {
-                return;
-            }
-            told.await;
-        }
     }
 
     /// The server is to accept nothing more.
@@ -311,6 +307,7 @@ impl State {
     /// What would come at the deadline comes now.
     pub(crate) fn hurry(&self) -> Option<Line> {
         let is_first = self.hurry.set(std::time::Instant::now()).is_ok();
+        self.hurrying.give();
         self.tell();
         is_first.then_some(Line::CutShort)
     }
@@ -335,17 +332,22 @@ impl State {
 
     /// Whoever drives the shutdown looks again.
     pub(crate) fn tell(&self) {
-        // Wakers are the code of others.
-        drop(catch(|| self.pulse.notify_waiters()));
+        let wakers = mem::take(&mut *lock(&self.pulse));
+        for waker in wakers {
+            // Each for itself: wakers are the code of others.
+            drop(catch(|| waker.wake()));
+        }
     }
 
-    pub(crate) fn pulse(&self) -> impl Future<Output = ()> {
-        self.pulse.notified()
-    }
-
-    /// Whether a server goes on that is run.
-    pub(crate) fn is_served(&self) -> bool {
-        self.servers.load(Relaxed) > 0
+    /// Wakes this one when it is to look again. First listen, then look.
+    pub(crate) fn listen(&self, waker: &Waker) {
+        let waker = waker.clone();
+        let mut wakers = lock(&self.pulse);
+        if wakers.iter().any(|known| known.will_wake(&waker)) {
+            drop(wakers);
+            return;
+        }
+        wakers.push(waker);
     }
 
     /// Whoever has this drives the shutdown. One that `runs` it is taken for stuck if it does not
@@ -473,6 +475,11 @@ pub(crate) struct Driver<'a> {
 }
 
 impl Driver<'_> {
+    /// Whether a server goes on that it waits for: not if it is for a host that has its own.
+    pub(crate) fn waits_for_servers(&self) -> bool {
+        self.runs && self.state.servers.load(Relaxed) > 0
+    }
+
     /// It is polled. Of one that does not run the shutdown nobody asks for that.
     pub(crate) fn beat(&self) {
         self.state.beats.fetch_add(self.runs.into(), Relaxed);

@@ -46,7 +46,7 @@ impl ShutdownWatch {
     }
 
     /// The same for code that takes a [`CancellationToken`]. To cancel it cancels nothing of the
-    /// shutdown.
+    /// shutdown. A waker that panics may keep others that wait with a token from being woken.
     pub fn token(&self) -> CancellationToken {
         self.0.token.child_token()
     }

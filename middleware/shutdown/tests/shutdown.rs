@@ -44,7 +44,11 @@ const BUDGET: Duration = secs(25);
 
 /// Without signals: what belongs to the process is not for a test.
 fn shutdown() -> Shutdown {
-    Shutdown::new(BUDGET).without_signals()
+    shutdown_of(BUDGET)
+}
+
+fn shutdown_of(budget: Duration) -> Shutdown {
+    Shutdown::new(budget).without_signals()
 }
 
 type Reply = Result<Response<Full<Bytes>>, Infallible>;
@@ -399,19 +403,31 @@ async fn a_waker_that_panics_takes_nothing_from_those_behind_it() {
         }
     }
     let waker = Arc::new(Panics).into();
-    let shutdown = shutdown();
+    let cx = &mut Context::from_waker(&waker);
+    let shutdown = shutdown().settle(secs(1));
     let watch = shutdown.watch();
     let wait = || {
-        let watch = watch.clone();
-        tokio::spawn(async move { watch.draining().await })
+        let (watch, shutdown) = (watch.clone(), shutdown.clone());
+        [
+            tokio::spawn(async move { watch.draining().await }),
+            tokio::spawn(shutdown.signalled()),
+            tokio::spawn(async move { drop(shutdown.run(server(&shutdown)).await.unwrap()) }),
+        ]
     };
-    let mut waiting: Vec<_> = (0..10).map(|_| wait()).collect();
+    let mut waiting: Vec<_> = (0..10).flat_map(|_| wait()).collect();
     settle().await;
     let mut draining = pin!(watch.draining());
-    assert!(draining.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
-    waiting.extend((0..50).map(|_| wait()));
+    assert!(draining.as_mut().poll(cx).is_pending());
+    let mut signalled = pin!(shutdown.signalled());
+    assert!(signalled.as_mut().poll(cx).is_pending());
+    let mut run = Box::pin(shutdown.run(pending::<Result<(), Infallible>>()));
+    assert!(run.as_mut().poll(cx).is_pending());
+    waiting.extend((0..20).flat_map(|_| wait()));
     settle().await;
-    shutdown.finish().await;
+    shutdown.begin();
+    sleep(secs(2)).await;
+    // Its server is not waited for any more.
+    drop(run);
     for task in waiting {
         task.await.unwrap();
     }
@@ -496,6 +512,86 @@ async fn a_registry_that_comes_late_is_told_all_that_the_others_were() {
         assert_eq!(late.len(), 1 - forced);
         assert_eq!(late.spawn("later", async {}).unwrap_err().reason, SpawnError::Closed);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_registry_that_comes_when_all_is_over_or_aborted_is_so_too() {
+    let shutdown_one = shutdown();
+    let report = shutdown_one.finish().await;
+    assert_eq!((report.took, report.exit_code()), (Duration::ZERO, 0));
+    let late = TaskRegistry::new();
+    drop(shutdown_one.tasks(&late));
+    assert!(late.is_closed() && late.is_empty());
+
+    let (first, late) = (TaskRegistry::new(), TaskRegistry::new());
+    let shutdown = shutdown().grace(secs(5)).tasks(&first);
+    // Held, so that it goes on for 100 ms after the deadline.
+    let mut stuck = pin!(stuck_request(&shutdown.layer()));
+    assert!(poll_once(stuck.as_mut()).is_pending());
+    let graceful = late.task("graceful").grace(secs(60)).spawn_graceful(|_| pending::<()>());
+    settle().await;
+    let add = async {
+        sleep(secs(25) + Duration::from_millis(50)).await;
+        drop(shutdown.clone().tasks(&late));
+    };
+    let (report, ()) = tokio::join!(shutdown.finish(), add);
+    assert_eq!(report.requests.left, 1, "{report}");
+    assert!(matches!(graceful.unwrap().await, Err(tower_task_set::TaskError::Aborted(_))));
+    assert!(report_of(&report).contains(&(Kind::Task, "graceful", Some(Outcome::Aborted))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_finish_waits_for_no_server_that_is_run() {
+    let shutdown = shutdown().settle(secs(5));
+    let inside = shutdown.run(async {
+        shutdown.signalled().await;
+        let report = shutdown.finish().await;
+        assert_eq!(report.took, secs(5));
+        Ok::<(), Infallible>(())
+    });
+    shutdown.begin();
+    assert_eq!(inside.await.unwrap().took, secs(5));
+
+    let shutdown = shutdown_of(BUDGET).settle(secs(5));
+    let run = shutdown.run(async {
+        shutdown.signalled().await;
+        sleep(secs(10)).await;
+        Ok::<(), Infallible>(())
+    });
+    let finish = async { shutdown.finish().await.took };
+    let (run, finish) = tokio::join!(run, finish);
+    assert_eq!((run.unwrap().took, finish), (secs(10), Duration::ZERO));
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_servers_each_has_its_own_end() {
+    let shutdown = shutdown();
+    let run = |ends: Option<Result<(), io::Error>>| {
+        let shutdown = shutdown.clone();
+        tokio::spawn(async move {
+            let server = async {
+                shutdown.signalled().await;
+                match ends {
+                    Some(result) => result,
+                    None => pending().await,
+                }
+            };
+            shutdown.run(server).await
+        })
+    };
+    let given_up = run(None);
+    let fails = run(Some(Err(io::Error::other("it fails"))));
+    let ends = run(Some(Ok(())));
+    let stays = run(None);
+    settle().await;
+    let start = Instant::now();
+    shutdown.begin();
+    sleep(secs(1)).await;
+    given_up.abort();
+    let (fails, ends, stays) = (fails.await.unwrap(), ends.await.unwrap(), stays.await.unwrap());
+    assert_eq!(start.elapsed(), BUDGET + Duration::from_millis(100), "one does not end");
+    assert!(matches!(fails, Err(RunError::Server { .. })), "{fails:?}");
+    assert!(ends.unwrap().server_ended && !stays.unwrap().server_ended);
 }
 
 #[tokio::test(start_paused = true)]

@@ -375,7 +375,7 @@ impl Place {
         headers.remove(w3c::TRACESTATE);
         let mut put = |name: &HeaderName, value: &dyn Fn() -> HeaderValue| {
             if headers.try_insert(name, value()).is_err() {
-                // The map is full, which is the handler's affair: but what that says of this goes.
+                // A full map takes nothing, not even for a name that it has.
                 headers.remove(name);
                 drop(headers.try_insert(name, value()));
             }
