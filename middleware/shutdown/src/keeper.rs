@@ -21,7 +21,7 @@ use tokio::{runtime, sync::Notify};
 use tower_catch_unwind::catch;
 
 use crate::{
-    log::{LAST_LINE, LAST_LINE_IN_A_HURRY, Line},
+    log::{LAST_LINE, LAST_LINE_IN_A_HURRY, Line, Pending},
     signals::Signals,
     state::State,
 };
@@ -152,7 +152,7 @@ fn obey(state: &State, signal: i32) {
         _ => Line::ThirdSignal(signal).say_and_exit(LAST_LINE_IN_A_HURRY, 128 + signal),
     };
     // Not here: this goes on to listen.
-    line.into_iter().for_each(Line::say_detached);
+    line.into_iter().for_each(Pending::say_detached);
 }
 
 /// Whether a shutdown that is run goes on.

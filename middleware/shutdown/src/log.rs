@@ -58,20 +58,7 @@ impl Line {
         say(|| self.log());
     }
 
-    /// Says it without waiting for that.
-    pub(crate) fn say_detached(self) {
-        count(|saying| saying + 1);
-        let say = || {
-            self.say();
-            count(|saying| saying - 1);
-        };
-        // Without a thread it is not said.
-        if thread::Builder::new().name("shutdown-log".to_owned()).spawn(say).is_err() {
-            count(|saying| saying - 1);
-        }
-    }
-
-    /// Says it when all else is said, and ends the process with this code: so long after, if that is
+    /// Says it when all others are said, and ends the process with this code: so long after, if that is
     /// not done by then; unless there is no thread to be had for that.
     pub(crate) fn say_and_exit(self, within: Duration, code: i32) -> ! {
         let exit = move || {
@@ -87,7 +74,33 @@ impl Line {
     }
 }
 
-/// How many lines are being said by threads of their own.
+/// A line that is yet to be said. The last one waits for it.
+pub(crate) struct Pending(Line);
+
+impl Pending {
+    pub(crate) fn new(line: Line) -> Self {
+        count(|saying| saying + 1);
+        Self(line)
+    }
+
+    /// Says it here.
+    pub(crate) fn say(self) {
+        let Self(line) = self;
+        line.say();
+        count(|saying| saying - 1);
+    }
+
+    /// Says it without waiting for that.
+    pub(crate) fn say_detached(self) {
+        // Without a thread it is not said.
+        let thread = thread::Builder::new().name("shutdown-log".to_owned());
+        if thread.spawn(|| self.say()).is_err() {
+            count(|saying| saying - 1);
+        }
+    }
+}
+
+/// How many lines are yet to be said.
 static SAYING: Mutex<usize> = Mutex::new(0);
 static SAID: Condvar = Condvar::new();
 

@@ -24,7 +24,7 @@ use crate::{
     Drained, Forced, Kind, Report, Requests,
     in_flight::Reading,
     keeper,
-    log::Line,
+    log::{Line, Pending},
     plan::Plan,
     roll::{Place, Request, Roll},
 };
@@ -195,12 +195,12 @@ impl State {
     /// Begins, if it has not.
     pub(crate) fn begin(&self) -> &Begun {
         let (begun, line) = self.begin_silently();
-        line.into_iter().for_each(Line::say);
+        line.into_iter().for_each(Pending::say);
         begun
     }
 
     /// The same for who may not be held up by the log.
-    pub(crate) fn begin_silently(&self) -> (&Begun, Option<Line>) {
+    pub(crate) fn begin_silently(&self) -> (&Begun, Option<Pending>) {
         if let Some(begun) = self.begun.get() {
             return (begun, None);
         }
@@ -216,10 +216,11 @@ impl State {
         let (requests, tasks) = (begun.requests.in_flight, begun.tasks.live);
         let mut line = None;
         if self.begun.set(begun).is_ok() {
+            // Before anybody can be done with all of it.
+            line = Some(Pending::new(Line::Begun { budget: plan.budget, requests, tasks }));
             self.beginning.give();
             self.tell();
             self.woken.notify_one();
-            line = Some(Line::Begun { budget: plan.budget, requests, tasks });
         }
         (self.begun.get().expect("it was set, now or by another"), line)
     }
@@ -305,11 +306,12 @@ impl State {
     }
 
     /// What would come at the deadline comes now.
-    pub(crate) fn hurry(&self) -> Option<Line> {
+    pub(crate) fn hurry(&self) -> Option<Pending> {
         let is_first = self.hurry.set(std::time::Instant::now()).is_ok();
+        let line = is_first.then(|| Pending::new(Line::CutShort));
         self.hurrying.give();
         self.tell();
-        is_first.then_some(Line::CutShort)
+        line
     }
 
     pub(crate) fn is_hurried(&self) -> bool {
