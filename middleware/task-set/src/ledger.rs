@@ -187,7 +187,8 @@ impl fmt::Display for TaskState {
     }
 }
 
-/// The counts of one set, and of those before it in its place, for one name and spawn site. What lives is counted where it is listed.
+/// The counts of one set, and of those before it in its place, for one name and spawn site. What
+/// lives is counted where it is listed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kind {
     pub(crate) name: &'static str,

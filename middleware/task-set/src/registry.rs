@@ -502,6 +502,7 @@ pub(crate) struct Sets {
     /// Where one is that is over: for the next request. It keeps its counts, and goes on from there.
     /// It is on the runtime that was seen last, or on none yet.
     spare: Vec<usize>,
+    /// Which shard this is.
     number: usize,
     /// It has no [`Users`] any more.
     abandoned: bool,

@@ -59,7 +59,15 @@ const WAKERS: usize = 32;
 
 /// One request's tasks: all that is known of them, in one allocation, under one lock.
 ///
-/// When it is over, it may be a [spare](Owner::spare) one, for another request.
+/// Its registry lists it, so that nobody need have it for it to be counted. When it is over, one of
+/// two things comes:
+///
+/// - Nothing in it is the code of others, as in most: it is [spare](Owner::spare). It stays where it
+///   is, with its counts, and the next request goes on with it; unless somebody still has it then,
+///   which it is left to, and its counts go to its shard.
+/// - Else it [retires](Owner::retire): its counts go to its shard, and it is listed no more. When
+///   the last who has it [lets go](Self::release), it is emptied, and becomes
+///   [spare](Owner::spare_retired) too.
 #[repr(C)]
 pub(crate) struct Set {
     /// First, beside the count of references: what is written again and again.
@@ -183,6 +191,7 @@ impl Set {
             marks |= LIMITED;
         }
         if !self.is_of(config) {
+            // What was there had no code of others, or it would have gone with the request.
             self.config = Some(config.clone());
         }
         fill(&mut self.context, context);
@@ -1452,7 +1461,7 @@ impl News {
     }
 }
 
-/// Puts a value where none is, which the compiler does not see.
+/// Puts a value where none is: the compiler would keep the destructor of what is replaced.
 #[inline]
 fn fill<T>(place: &mut T, value: T) {
     mem::forget(mem::replace(place, value));
