@@ -378,12 +378,16 @@ where
             }
             Err(panic) => panic,
         };
-        let answer = catch(|| this.on_panic.take().and_then(|on_panic| on_panic(&panic)));
+        // What the client does not understand is dropped in here, too: it is the code of others.
+        let answer = catch(|| {
+            let response = this.on_panic.take()?(&panic)?;
+            seen.understands(&response).then(|| seen.dialect.fit(response))
+        });
         if let Err(panic) = &answer {
             log.tell(panic, "on_panic", Some(seen));
         }
         let mut response = match answer {
-            Ok(Some(response)) if seen.understands(&response) => seen.dialect.fit(response),
+            Ok(Some(response)) => response,
             _ => seen.default_answer(&panic),
         };
         response.extensions_mut().insert(panic);

@@ -599,6 +599,37 @@ fn a_grpc_client_gets_only_answers_that_it_understands() {
 }
 
 #[test]
+fn an_answer_that_panics_when_it_is_dropped_is_not_the_clients_trouble() {
+    #[derive(Clone)]
+    struct Panics;
+    impl AsRef<[u8]> for Panics {
+        fn as_ref(&self) -> &[u8] {
+            b"content"
+        }
+    }
+    impl Drop for Panics {
+        fn drop(&mut self) {
+            panic!("in a drop");
+        }
+    }
+    quiet();
+    let layer = CatchUnwindLayer::new()
+        .on_panic(|_: &Request<()>| |_: &Panic| Some(Response::new(Bytes::from_owner(Panics))));
+    // An answer to HEAD has no content, and a gRPC client does not understand it.
+    for is_grpc in [false, true] {
+        let mut request = request(if is_grpc { Kind::Grpc } else { Kind::Http });
+        if !is_grpc {
+            *request.method_mut() = http::Method::HEAD;
+        }
+        let (response, events) = logged(|| answer_of(&layer, request));
+        assert_eq!(response.status(), if is_grpc { 200 } else { 500 });
+        assert_eq!(response.headers().get("grpc-status").is_some_and(|it| it == "13"), is_grpc);
+        assert_eq!(events.len(), 2);
+        assert_eq!(events[1]["during"], "on_panic");
+    }
+}
+
+#[test]
 fn what_the_handler_holds_is_dropped_where_its_panic_is_contained() {
     struct Panics;
     impl Drop for Panics {

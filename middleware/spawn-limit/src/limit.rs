@@ -124,7 +124,8 @@ impl SpawnLimit {
     ///
     /// Whoever runs with the permit of a task is refused at once when the limit is full: see
     /// [`Level`]. So is who is too many for the [queue](Self::queue), and whoever waits outside of a
-    /// runtime, or in one without a time driver or that was shut down.
+    /// runtime, or in one without a time driver or that was shut down; unless it waits for as long as
+    /// it takes, `Duration::MAX`, which needs no clock.
     ///
     /// # Errors
     ///

@@ -86,7 +86,15 @@ where
     T: Send + 'static,
 {
     match Plan::here().admit() {
-        Ok((runtime, mut home)) => Ok(runtime.spawn_blocking(move || home.enter(f))),
+        Ok((runtime, home)) => {
+            // One that never runs is dropped in this order: the permit comes last.
+            let work = (f, home);
+            Ok(runtime.spawn_blocking(move || {
+                let work = work;
+                let (f, mut home) = work;
+                home.enter(f)
+            }))
+        }
         Err(reason) => Err(Refused { reason, future: f }),
     }
 }

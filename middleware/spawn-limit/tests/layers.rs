@@ -204,6 +204,32 @@ fn a_permit_comes_back_from_a_runtime_that_is_gone() {
     assert!(assert_ready!(task::spawn(task).poll()).unwrap_err().is_cancelled());
 }
 
+#[test]
+fn a_closure_that_never_runs_keeps_its_permit_until_it_is_dropped() {
+    struct InUse(SpawnLimit, std::sync::mpsc::Sender<usize>);
+    impl Drop for InUse {
+        fn drop(&mut self) {
+            self.1.send(self.0.in_use()).unwrap();
+        }
+    }
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+    let limit = SpawnLimit::new(1);
+    let layer = SpawnLimitLayer::new(limit.clone());
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let (tell, told) = std::sync::mpsc::channel();
+    runtime.block_on(async {
+        drop(tokio::task::spawn_blocking(move || wait.recv()));
+        let in_use = InUse(limit.clone(), tell);
+        let task = below(&layer, async || spawn_blocking(move || drop(in_use)).unwrap()).await;
+        task.abort();
+    });
+    drop(go);
+    assert_eq!(told.recv().unwrap(), 1);
+    drop(runtime);
+    assert_eq!(limit.in_use(), 0);
+}
+
 #[tokio::test]
 async fn a_closure_that_blocks_keeps_its_permit_until_it_returns() {
     let limit = SpawnLimit::new(1);
