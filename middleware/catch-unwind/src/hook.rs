@@ -56,7 +56,8 @@ pub fn record(info: &PanicHookInfo<'_>) -> bool {
     };
     let mut records = replace(Vec::new());
     if records.len() == RECORDS_MAX {
-        records.remove(0);
+        // Not the first, which is looked for last: of the panic that goes on all this time.
+        records.remove(1);
     }
     records.push(record);
     replace(records);

@@ -215,6 +215,25 @@ fn a_catcher_in_a_destructor_leaves_the_panic_that_runs_it_its_own() {
 }
 
 #[test]
+fn a_panic_keeps_its_location_however_many_a_destructor_catches_meanwhile() {
+    struct Catches;
+    impl Drop for Catches {
+        fn drop(&mut self) {
+            for n in 0..20 {
+                drop(panic::catch_unwind(|| panic!("caught: {n}")));
+            }
+        }
+    }
+    installed();
+    let panic = catch(|| {
+        let _catches = Catches;
+        panic!("goes on");
+    });
+    let panic = panic.unwrap_err();
+    assert_eq!((panic.message(), line(&panic).is_some()), ("goes on", true));
+}
+
+#[test]
 fn a_payload_whose_drop_panics_has_the_location_of_the_first() {
     struct Bomb;
     impl Drop for Bomb {

@@ -11,11 +11,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
-use tower_request_context::{Dialect, Http, Plain};
+use tower_request_context::{Answer, Dialect, Http, Plain};
 use tower_response_end::{Asked, End, Hook, Watch};
 use tower_service::Service;
 
@@ -36,7 +36,7 @@ use crate::{Acquire, Level, Permit, SpawnError, SpawnLimit};
 /// ```
 /// # use std::convert::Infallible;
 /// # use bytes::Bytes;
-/// # use http::{Request, Response};
+/// # use http::{Request, Response, StatusCode};
 /// # use http_body_util::{BodyExt, Full};
 /// # use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
 /// # use tower_spawn_limit::RequestLimitLayer;
@@ -296,8 +296,8 @@ where
                     let waiting = waiting.take().expect("polled after it was ready");
                     match permit {
                         Ok(permit) => (permit, waiting),
-                        Err(reason) => {
-                            let refusal = reason.answer().response(*dialect);
+                        Err(_) => {
+                            let refusal = FULL.response(*dialect);
                             return Poll::Ready(Ok(refusal.map(ResponseBody::answer)));
                         }
                     }
@@ -308,6 +308,10 @@ where
         }
     }
 }
+
+const TEXT: &str = "the limit of requests is reached";
+/// gRPC's `RESOURCE_EXHAUSTED`.
+const FULL: Answer = Answer::new(StatusCode::SERVICE_UNAVAILABLE, 8, TEXT).retry_after(1);
 
 impl<S, Req> Future for ResponseFuture<S, Req, S::Future, Plain>
 where
@@ -463,7 +467,7 @@ impl<E: fmt::Display> fmt::Display for CallError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Inner(error) => error.fmt(f),
-            Self::Full => f.write_str("the limit of requests is reached"),
+            Self::Full => f.write_str(TEXT),
         }
     }
 }

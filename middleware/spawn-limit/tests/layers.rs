@@ -338,6 +338,7 @@ async fn a_request_too_many_is_answered_in_its_own_dialect() {
     let body = refused.into_body().collect().await.unwrap().to_bytes();
     let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
     assert_eq!(problem["status"], 503);
+    assert_eq!(problem["detail"], "the limit of requests is reached");
 
     let grpc = Request::post("/").version(Version::HTTP_2);
     let grpc = grpc.header(header::CONTENT_TYPE, "application/grpc").body(()).unwrap();
