@@ -72,6 +72,16 @@ fn poll_once<F: Future>(future: Pin<&mut F>) -> Poll<F::Output> {
     future.poll(&mut Context::from_waker(Waker::noop()))
 }
 
+fn panicking_waker() -> Waker {
+    struct Panics;
+    impl Wake for Panics {
+        fn wake(self: Arc<Self>) {
+            panic!("the waker panics");
+        }
+    }
+    Arc::new(Panics).into()
+}
+
 /// A request whose handler waits for ever.
 fn stuck_request(
     layer: &ShutdownLayer,
@@ -368,13 +378,7 @@ async fn it_can_be_begun_and_finished_by_several_at_once_and_from_a_task_of_its_
 
 #[tokio::test(start_paused = true)]
 async fn a_waker_that_panics_stops_nothing() {
-    struct Panics;
-    impl Wake for Panics {
-        fn wake(self: Arc<Self>) {
-            panic!("the waker panics");
-        }
-    }
-    let waker = Arc::new(Panics).into();
+    let waker = panicking_waker();
     let cx = &mut Context::from_waker(&waker);
     let tasks = TaskRegistry::new();
     let shutdown = shutdown().tasks(&tasks);
@@ -396,13 +400,7 @@ async fn a_waker_that_panics_stops_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn a_waker_that_panics_takes_nothing_from_those_behind_it() {
-    struct Panics;
-    impl Wake for Panics {
-        fn wake(self: Arc<Self>) {
-            panic!("the waker panics");
-        }
-    }
-    let waker = Arc::new(Panics).into();
+    let waker = panicking_waker();
     let cx = &mut Context::from_waker(&waker);
     let shutdown = shutdown().settle(secs(1));
     let watch = shutdown.watch();
