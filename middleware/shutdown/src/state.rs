@@ -345,11 +345,10 @@ impl State {
     pub(crate) fn listen(&self, waker: &Waker) {
         let waker = waker.clone();
         let mut wakers = lock(&self.pulse);
-        if wakers.iter().any(|known| known.will_wake(&waker)) {
-            drop(wakers);
-            return;
+        // One that is not needed is dropped after the lock is released.
+        if !wakers.iter().any(|known| known.will_wake(&waker)) {
+            wakers.push(waker);
         }
-        wakers.push(waker);
     }
 
     /// Whoever has this drives the shutdown. One that `runs` it is taken for stuck if it does not

@@ -36,7 +36,7 @@ use crate::{Acquire, Level, Permit, SpawnError, SpawnLimit};
 /// ```
 /// # use std::convert::Infallible;
 /// # use bytes::Bytes;
-/// # use http::{Request, Response, StatusCode};
+/// # use http::{Request, Response};
 /// # use http_body_util::{BodyExt, Full};
 /// # use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
 /// # use tower_spawn_limit::RequestLimitLayer;

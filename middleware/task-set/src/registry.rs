@@ -539,14 +539,14 @@ impl Sets {
     /// `here`: on the runtime that was seen last. If not, on none.
     #[expect(clippy::inline_always, reason = "in one of two places")]
     #[inline(always)]
-    pub(crate) fn take(&mut self, here: bool, config: &Arc<Config>) -> Taken<'_> {
+    pub(crate) fn take(&mut self, here: bool) -> Taken<'_> {
         let spare = if here { self.spare.pop() } else { None };
         let mut lost = None;
         let index = match spare {
             Some(index) if self.is_nobodys(index) => index,
             spare => {
                 lost = spare.and_then(|index| self.unlist(index));
-                self.add(here, config)
+                self.add()
             }
         };
         let set = self.listed[index].as_mut().expect("it is there");
@@ -559,10 +559,9 @@ impl Sets {
     }
 
     #[inline(never)]
-    fn add(&mut self, here: bool, config: &Arc<Config>) -> usize {
+    fn add(&mut self) -> usize {
         let place = self.free_place();
-        let runtime = self.runtime.clone().filter(|_| here);
-        self.listed[place.index] = Some(Set::blank(config.clone(), place, runtime));
+        self.listed[place.index] = Some(Set::blank(place));
         place.index
     }
 
@@ -707,7 +706,7 @@ impl Owner {
         if let Some(own) = sets.own_for(config, handle.as_ref()) {
             return Some(own);
         }
-        let Taken { set, runtime, lost } = sets.take(handle.is_some(), config);
+        let Taken { set, runtime, lost } = sets.take(handle.is_some());
         let new = Arc::get_mut(set).expect("it is nobody else's");
         let left = new.begin_own(config, runtime);
         let set = set.clone();

@@ -110,7 +110,7 @@ impl Set {
         let (_lost, _left);
         let (_before, mut sets) = config.owner.lock_for(handle.as_ref());
         let closed = sets.is_closed();
-        let Taken { set, runtime, lost } = sets.take(handle.is_some(), config);
+        let Taken { set, runtime, lost } = sets.take(handle.is_some());
         _lost = lost;
         let new = Arc::get_mut(set).expect("it is nobody else's");
         _left = new.begin(config, runtime, context, limits, level, born);
@@ -134,16 +134,12 @@ impl Set {
 
     /// One that is [blank](Self::is_blank).
     #[inline(never)]
-    pub(crate) fn blank(
-        config: Arc<Config>,
-        place: registry::Place,
-        runtime: Option<Arc<Runtime>>,
-    ) -> Arc<Self> {
+    pub(crate) fn blank(place: registry::Place) -> Arc<Self> {
         Arc::new(Self {
-            config: Some(config),
+            config: None,
             context: RequestContext::new(),
             born: Instant::now(),
-            runtime,
+            runtime: None,
             late_runtime: OnceLock::new(),
             place,
             own: false,
