@@ -113,10 +113,10 @@ pub struct LiveTask {
     /// Where it was spawned.
     #[cfg_attr(feature = "serde", serde(serialize_with = "text::display"))]
     pub site: &'static Location<'static>,
-    /// How long it has lived, at most. It counts from its first await, to 16 ms; in a set of more
-    /// than eight tasks, from the first await of one of the seven before it. Of a task that has not
-    /// come to an await yet, or was spawned in the poll in which the set was first asked for, it is
-    /// the age of its set.
+    /// How long it has lived, at most. It counts, to 16 ms, from some moment between its spawn and
+    /// its first await; in a set of more than eight tasks, from the first await of one of the seven
+    /// before it. Of a task that has not come to an await yet, or was spawned in the poll in which
+    /// the set was first asked for, it is the age of its set.
     #[cfg_attr(feature = "serde", serde(rename = "age_ms", serialize_with = "text::millis"))]
     pub age: Duration,
     /// What it is doing.

@@ -94,23 +94,34 @@ pub(super) struct Deadline {
 }
 
 /// How old the set is, for tasks that await. A look at a clock costs as much as all else of that, so
-/// of many tasks only one in eight takes it.
+/// one look is for all tasks that were there by then: each was spawned before, and awaits after. Of
+/// many that come one by one, only one in eight takes it.
 #[derive(Default)]
 struct Clock {
     /// At the last look.
     ticks: u32,
     /// How many have used that since.
     used: u8,
+    /// No task has come since.
+    is_set: bool,
 }
 
 impl Clock {
     #[inline]
     fn ticks(&mut self, born: Instant, live: u32) -> u32 {
-        self.used += 1;
-        if self.used >= 8 || live <= 8 {
-            *self = Self { ticks: ticks_of(born.elapsed()), used: 0 };
+        if !self.is_set {
+            self.used += 1;
+            if self.used >= 8 || live <= 8 {
+                self.set(born, Instant::now());
+            }
         }
         self.ticks
+    }
+
+    #[inline]
+    fn set(&mut self, born: Instant, now: Instant) {
+        let ticks = ticks_of(now.saturating_duration_since(born));
+        *self = Self { ticks, used: 0, is_set: true };
     }
 }
 
@@ -422,7 +433,7 @@ impl Inner {
         (
             (self.closed, self.draining, self.cancelled, self.shut),
             (self.stage == Stage::Counting, self.end, self.held_end, self.holds, self.live),
-            (self.watch == Watch::Unneeded, self.clock.ticks, self.clock.used),
+            (self.watch == Watch::Unneeded, self.clock.ticks, self.clock.used, self.clock.is_set),
             (self.order, self.next_timeout),
             self.lifetime.map(|lifetime| (lifetime.at_end, lifetime.until, lifetime.key)),
         )
@@ -433,7 +444,7 @@ impl Inner {
     pub(super) fn spoil(&mut self) {
         (self.closed, self.draining, self.cancelled, self.shut) = (true, true, true, true);
         (self.watch, self.held_end) = (Watch::PutOff, Some(End::Failed));
-        self.clock = Clock { ticks: 7, used: 7 };
+        self.clock = Clock { ticks: 7, used: 7, is_set: true };
         self.order = Some(Order::TimeOut);
         self.next_timeout = Some(Instant::now());
         self.lifetime = Some(Lifetime::begin(AtEnd::Drain(Duration::from_secs(1))));
@@ -635,6 +646,7 @@ impl Inner {
         let kind = self.kind(name, site);
         self.kinds[kind].begin();
         self.live += 1;
+        self.clock.is_set = false;
         let (slot, generation) = self.take_slot(kind, since);
         (slot, generation, kind)
     }

@@ -164,6 +164,23 @@ async fn an_age_is_counted_from_the_first_await_to_16_ms() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn tasks_that_come_at_different_times_are_of_different_ages() {
+    let tasks = TaskRegistry::new();
+    let request = serve(&TaskSetLayer::new(&tasks));
+    for names in [["one", "two"], ["three", "four"]] {
+        for name in names {
+            request.set.spawn(name, forever()).unwrap();
+        }
+        settle().await;
+        tokio::time::advance(secs(60)).await;
+    }
+    let live = tasks.snapshot().live_tasks;
+    let mut ages: Vec<_> = live.iter().map(|task| (task.name, task.age.as_secs())).collect();
+    ages.sort_unstable();
+    assert_eq!(ages, [("four", 60), ("one", 120), ("three", 60), ("two", 120)]);
+}
+
 #[tokio::test]
 async fn a_name_is_one_wherever_it_is_used_and_wherever_its_text_is() {
     let tasks = TaskRegistry::new();
