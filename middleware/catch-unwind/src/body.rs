@@ -57,8 +57,10 @@ impl<B> ResponseBody<B> {
         this
     }
 
-    pub(crate) fn answer(bytes: Bytes) -> Self {
-        Self::of(if bytes.is_empty() { State::Over } else { State::Answer { bytes } })
+    pub(crate) fn answer(bytes: Bytes, log: Arc<Log>) -> Self {
+        let mut this = Self::of(State::Answer { bytes });
+        this.log = Some(log);
+        this
     }
 
     fn of(state: State<B>) -> Self {
@@ -74,7 +76,12 @@ impl<B> ResponseBody<B> {
     fn drop_inner(mut self: Pin<&mut Self>) {
         self.as_mut().tell_hint_panic();
         let mut this = self.project();
-        if !mem::needs_drop::<B>() || !matches!(*this.state, State::Inner { .. }) {
+        let is_others = match *this.state {
+            State::Inner { .. } => mem::needs_drop::<B>(),
+            State::Answer { .. } => true,
+            State::Over => false,
+        };
+        if !is_others {
             this.state.set(State::Over);
         } else if let Err(panic) = catch(|| this.state.set(State::Over)) {
             tell(this.log.as_ref(), &panic, "drop of the body");
@@ -131,13 +138,24 @@ where
         let mut this = self.as_mut().project();
         let panic = match this.state.as_mut().project() {
             StateProj::Inner { body } => match catch(|| body.poll_frame(cx)) {
-                Ok(frame) => return frame.map_err(BodyError::Inner),
+                Ok(Poll::Pending) => return Poll::Pending,
+                Ok(Poll::Ready(frame)) => {
+                    // Whoever polls it again finds it over, whatever the inner one would say.
+                    if !matches!(&frame, Some(Ok(frame)) if frame.is_data()) {
+                        self.drop_inner();
+                    }
+                    return Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Inner)));
+                }
                 Err(panic) => panic,
             },
             StateProj::Answer { bytes } => {
                 let answer = mem::take(bytes);
                 this.state.set(State::Over);
-                return Poll::Ready(Some(Ok(Frame::data(answer.into()))));
+                let frame = || (!answer.is_empty()).then(|| Frame::data(answer.into()));
+                match catch(frame) {
+                    Ok(frame) => return Poll::Ready(frame.map(Ok)),
+                    Err(panic) => panic,
+                }
             }
             StateProj::Over => return Poll::Ready(None),
         };
@@ -157,7 +175,7 @@ where
             State::Inner { body } => {
                 self.hint("is_end_stream", || body.is_end_stream()).unwrap_or(false)
             }
-            State::Answer { .. } => false,
+            State::Answer { bytes } => bytes.is_empty(),
             State::Over => true,
         }
     }

@@ -113,7 +113,7 @@ impl Panic {
     pub const MESSAGE_MAX: usize = 1024;
 
     /// Of what `std::panic::catch_unwind` or a `JoinError` has caught, here and now: the ids are
-    /// those of the current request.
+    /// those of the current request, the thread is this one.
     ///
     /// The payload is dropped. If that panics, the panic is contained.
     #[cold]
@@ -176,7 +176,8 @@ impl Panic {
     }
 
     /// Where it happened, if a hook [records](crate::record) and it was caught in
-    /// [`catch`](crate::catch()), as everything here is.
+    /// [`catch`](crate::catch()), as everything here is. `None` too where that cannot be told:
+    /// another with the same literal message was caught by others meanwhile, or many were.
     pub fn location(&self) -> Option<&Site> {
         self.0.location.as_ref()
     }

@@ -36,13 +36,15 @@ pub fn install_hook() {
 /// own, and call this in it.
 ///
 /// Whether it was remembered: if something in this family is about to catch the panic on this
-/// thread. A hook that is to print only what nobody else tells can go by that.
+/// thread. That is told but where it is [contained](crate::CatchUnwind#cancel-safety), or one of
+/// [too many](crate::CatchUnwindLayer::max_events_per_second): a hook that prints only what was not
+/// remembered is silent about these.
 ///
 /// It takes a backtrace too if `RUST_BACKTRACE` or `RUST_LIB_BACKTRACE` asks for one.
 pub fn record(info: &PanicHookInfo<'_>) -> bool {
     // A panic in here would abort the process. So: no lock, no user code, and no thread-local that
     // may be gone.
-    let depth = STATE.try_with(|state| state.get() / CATCHER).unwrap_or(0);
+    let depth = depth();
     if depth == 0 {
         return false;
     }
@@ -50,14 +52,15 @@ pub fn record(info: &PanicHookInfo<'_>) -> bool {
     let record = Record {
         message: message_of(info.payload()),
         payload: info.payload().type_id(),
+        text: text_of(info.payload()),
         site: info.location().map(Site::new),
         backtrace: (backtrace.status() == BacktraceStatus::Captured).then(|| Arc::new(backtrace)),
         depth,
     };
     let mut records = replace(Vec::new());
     if records.len() == RECORDS_MAX {
-        // Not the first, which is looked for last: of the panic that goes on all this time.
-        records.remove(1);
+        // The first and the last are of those that may still go on.
+        records.remove(RECORDS_MAX / 2);
     }
     records.push(record);
     replace(records);
@@ -134,34 +137,59 @@ pub(crate) struct Record {
     /// Short and escaped, as in the `Panic`.
     pub(crate) message: Box<str>,
     payload: TypeId,
+    /// Where it was said, if that was made for this panic alone.
+    text: Option<usize>,
     pub(crate) site: Option<Site>,
     pub(crate) backtrace: Option<Arc<Backtrace>>,
     /// How many catchers were on the stack. What was recorded further out is not of the last one.
     depth: u32,
 }
 
-/// The panic of the innermost catcher with this payload.
+/// The panic of the innermost catcher with this payload, unless it cannot be told from another.
 ///
-/// The last one that was recorded may be another: `resume_unwind` does not call the hook, and a
-/// panic may have been caught by others.
+/// The last one that was recorded may be another: `resume_unwind` does not call the hook, and
+/// others may have caught a panic before it, or one of its destructors.
 pub(crate) fn take(message: &str, payload: &(dyn Any + Send)) -> Option<Record> {
-    let payload = payload.type_id();
-    take_if(|record| record.payload == payload && *record.message == *message)
+    let (text, payload) = (text_of(payload), payload.type_id());
+    take_if(|records| {
+        let is_alike = |&at: &usize| {
+            let record = &records[at];
+            record.payload == payload && *record.message == *message
+        };
+        let alike: Vec<_> = (0..records.len()).filter(is_alike).collect();
+        let same = alike.iter().rfind(|&&at| text.is_some() && records[at].text == text);
+        let last = alike.last().filter(|_| {
+            alike.windows(2).all(|pair| records[pair[0]].site == records[pair[1]].site)
+        });
+        same.or(last).copied()
+    })
 }
 
 /// The last panic in the innermost catcher.
 pub(crate) fn take_last() -> Option<Record> {
-    take_if(|_| true)
+    take_if(|records| records.len().checked_sub(1))
 }
 
-fn take_if(is_it: impl Fn(&Record) -> bool) -> Option<Record> {
-    let depth = STATE.try_with(|state| state.get() / CATCHER).ok()?;
+/// That of the records in the innermost catcher which `find` says.
+fn take_if(find: impl FnOnce(&[Record]) -> Option<usize>) -> Option<Record> {
+    let depth = depth();
     let mut records = replace(Vec::new());
-    let at = records.iter().rposition(|record| record.depth >= depth && is_it(record));
-    // What came after it, in its destructors, was caught by others.
-    let record = at.and_then(|at| records.drain(at..).next());
+    let outer = records.iter().take_while(|record| record.depth < depth).count();
+    let record = find(&records[outer..]).map(|at| records.remove(outer + at));
     replace(records);
     record
+}
+
+/// The text of a panic that was made for it: where it is. It is moved, and not copied, from what
+/// the hook sees to what is caught.
+fn text_of(payload: &(dyn Any + Send)) -> Option<usize> {
+    let text = payload.downcast_ref::<String>()?;
+    (!text.is_empty()).then(|| text.as_ptr().addr())
+}
+
+/// How many catchers are on this thread's stack.
+pub(crate) fn depth() -> u32 {
+    STATE.try_with(|state| state.get() / CATCHER).unwrap_or(0)
 }
 
 /// A catcher begins: each has its [`leave`].
@@ -177,16 +205,19 @@ pub(crate) fn leave() {
         state.set(state.get() - CATCHER);
         state.get()
     });
-    if state == Ok(RECORDED) {
+    if state.is_ok_and(|state| state & RECORDED != 0) {
         clear();
     }
 }
 
-/// A record that nobody took is of a panic that others have caught.
+/// What was recorded in the catcher that is left and nobody took is of panics that others caught.
 #[cold]
 #[inline(never)]
 fn clear() {
-    replace(Vec::new());
+    let depth = depth();
+    let mut records = replace(Vec::new());
+    records.retain(|record| record.depth <= depth);
+    replace(records);
 }
 
 thread_local! {
@@ -196,8 +227,8 @@ thread_local! {
     /// The records, in the order of their panics, for while one unwinds its destructors may catch
     /// others.
     ///
-    /// Without a destructor, so that it is there to the very end of the thread: the last catcher to
-    /// leave clears it.
+    /// Without a destructor, so that it is there to the very end of the thread: each catcher clears
+    /// what was recorded in it.
     static RECORDS: Cell<ManuallyDrop<Vec<Record>>> = const { Cell::new(ManuallyDrop::new(Vec::new())) };
 }
 

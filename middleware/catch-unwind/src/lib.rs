@@ -15,8 +15,8 @@
 //! A layer inside may ask for hints before it hands the response over, as `tower-response-end` and
 //! `tower-task-set` do: a panic of theirs is then one of the future.
 //!
-//! A panic of `poll_ready` is logged and goes on, since there is no request to answer and the
-//! service is broken.
+//! A panic of `poll_ready` goes on, since there is no request to answer and the service is broken.
+//! It is logged, unless something in this family that is further out catches it, and so tells of it.
 //!
 //! It goes inside of what says which request it is (request ids, trace context), for a [`Panic`]
 //! has the ids that are current where it is caught, and outside of all whose panics it shall
@@ -224,6 +224,10 @@ impl<S, M, P> Catching<S, M, P> {
     where
         S: Service<Req>,
     {
+        // It goes on, so whoever catches it tells of it.
+        if hook::depth() > 0 {
+            return self.inner.poll_ready(cx);
+        }
         let ready =
             catch_with(|| self.inner.poll_ready(cx), |payload| (Panic::of(&*payload), payload));
         ready.unwrap_or_else(|(panic, payload)| {
@@ -391,7 +395,7 @@ where
             _ => seen.default_answer(&panic),
         };
         response.extensions_mut().insert(panic);
-        Poll::Ready(Ok(response.map(ResponseBody::answer)))
+        Poll::Ready(Ok(response.map(|bytes| ResponseBody::answer(bytes, log))))
     }
 }
 

@@ -215,22 +215,72 @@ fn a_catcher_in_a_destructor_leaves_the_panic_that_runs_it_its_own() {
 }
 
 #[test]
-fn a_panic_keeps_its_location_however_many_a_destructor_catches_meanwhile() {
-    struct Catches;
+fn a_panic_keeps_its_location_however_many_are_caught_before_and_meanwhile() {
+    struct Catches(u32);
     impl Drop for Catches {
         fn drop(&mut self) {
-            for n in 0..20 {
+            for n in 0..self.0 {
                 drop(panic::catch_unwind(|| panic!("caught: {n}")));
             }
         }
     }
     installed();
+    for (before, meanwhile) in [(0, 20), (1, 20), (3, 20), (20, 1), (20, 3)] {
+        let panic = catch(|| {
+            drop(Catches(before));
+            let _catches = Catches(meanwhile);
+            panic!("goes on");
+        });
+        let panic = panic.unwrap_err();
+        assert_eq!((panic.message(), line(&panic)), ("goes on", Some(line!() - 3)));
+    }
+}
+
+#[test]
+fn a_panic_has_no_location_rather_than_that_of_another() {
+    struct Catches(fn());
+    impl Drop for Catches {
+        fn drop(&mut self) {
+            assert!(panic::catch_unwind(self.0).is_err());
+        }
+    }
+    installed();
+    // A text that was made for it tells it from all others; a literal is the same for all.
+    let with_text: (fn(), u32) = (|| panic!("the {}", "same".to_owned()), line!());
+    for (panics, expected) in [(with_text.0, Some(with_text.1)), (|| panic!("literal"), None)] {
+        for (before, meanwhile) in [(true, false), (false, true), (true, true)] {
+            let others = [before, meanwhile].map(|panics| -> fn() {
+                match (panics, expected) {
+                    (false, _) => || panic!("another"),
+                    (true, Some(_)) => || panic!("the {}", "same".to_owned()),
+                    (true, None) => || panic!("literal"),
+                }
+            });
+            let panic = catch(|| {
+                drop(Catches(others[0]));
+                let _catches = Catches(others[1]);
+                panics();
+            });
+            assert_eq!(line(&panic.unwrap_err()), expected, "{before} {meanwhile}");
+        }
+    }
+    // Whichever it is, it is there.
+    let literal = || panic!("literal");
     let panic = catch(|| {
-        let _catches = Catches;
-        panic!("goes on");
+        let _catches = Catches(literal);
+        literal();
     });
-    let panic = panic.unwrap_err();
-    assert_eq!((panic.message(), line(&panic).is_some()), ("goes on", true));
+    assert_eq!(line(&panic.unwrap_err()), Some(line!() - 5));
+}
+
+#[test]
+fn nothing_is_kept_of_a_catcher_that_is_left() {
+    installed();
+    let thrown = catch(|| {
+        assert!(catch(|| assert!(catch_unwind(|| panic!("boom")).is_err())).is_ok());
+        catch(|| throw("boom")).unwrap_err()
+    });
+    assert_eq!(thrown.unwrap().location(), None);
 }
 
 #[test]

@@ -406,18 +406,43 @@ async fn readiness_and_errors_are_those_of_the_inner_service() {
 #[test]
 fn errors_and_trailers_of_the_body_are_its_own() {
     let trailers = HeaderMap::from_iter([(header::ETAG, "x".parse().unwrap())]);
-    let frames = [Ok(Frame::trailers(trailers.clone())), Err("out of ink")];
-    let frames = Mutex::new(frames.into_iter());
-    let body = PollFn(move || frames.lock().unwrap().next());
-    let mut body = task::spawn(respond_with(body).into_body());
-    let mut next = || assert_ready!(body.enter(|cx, body| body.poll_frame(cx)));
-    assert_eq!(next().unwrap().unwrap().into_trailers().unwrap(), trailers);
-    let error = next().unwrap().unwrap_err();
+    let next = |frame| {
+        let mut frame = Some(frame);
+        let frame = Mutex::new(move || frame.take());
+        let body = PollFn(move || frame.lock().unwrap()());
+        let mut body = task::spawn(respond_with(body).into_body());
+        assert_ready!(body.enter(|cx, body| body.poll_frame(cx))).unwrap()
+    };
+    let frame = next(Ok(Frame::trailers(trailers.clone())));
+    assert_eq!(frame.unwrap().into_trailers().unwrap(), trailers);
+    let error = next(Err("out of ink")).unwrap_err();
     assert!(matches!(error, BodyError::Inner("out of ink")));
     assert_eq!(error.to_string(), "out of ink");
     let error: Box<dyn Error + Send + Sync> = error.into();
     assert_eq!(error.to_string(), "out of ink");
-    assert!(next().is_none());
+}
+
+#[test]
+fn a_body_that_is_over_is_not_polled_again() {
+    quiet();
+    for end in 0..3 {
+        let end = move || match end {
+            0 => None,
+            1 => Some(Err("out of ink")),
+            _ => Some(Ok(Frame::<Bytes>::trailers(HeaderMap::new()))),
+        };
+        let mut polls = 0;
+        let body = PollFn(move || {
+            polls += 1;
+            assert_eq!(polls, 1, "it is over");
+            end()
+        });
+        let mut body = task::spawn(respond_with(body).into_body());
+        let mut next = || assert_ready!(body.enter(|cx, body| body.poll_frame(cx)));
+        assert_eq!(next().is_some(), end().is_some());
+        assert!(next().is_none());
+        assert!(body.is_end_stream() && body.size_hint().exact() == Some(0));
+    }
 }
 
 #[test]
@@ -518,6 +543,25 @@ fn a_panic_of_poll_ready_is_told_and_goes_on() {
     });
     assert_eq!(events.len(), 2);
     assert_eq!(events[0]["during"], "poll_ready");
+    assert!(events[0]["location"].contains("tests/layer.rs:"));
+
+    // Each panic is one event, of the outermost who catches it.
+    let layer = CatchUnwindLayer::new();
+    let mut nested = task::spawn(layer.layer(layer.layer(Unready)));
+    let ((), events) = logged(|| {
+        let panics = catch_unwind(AssertUnwindSafe(|| {
+            let _ = nested.enter(|cx, mut service| Service::poll_ready(&mut *service, cx));
+        }));
+        assert_eq!(panics.unwrap_err().downcast_ref(), Some(&"not ready"));
+    });
+    assert_eq!(events.len(), 1);
+    assert!(events[0]["location"].contains("tests/layer.rs:"));
+    let asked_late = layer.layer(service_fn(|request| layer.layer(Unready).oneshot(request)));
+    let (response, events) =
+        logged(|| assert_ready_ok!(task::spawn(asked_late.oneshot(Request::new(()))).poll()));
+    assert_eq!(response.status(), 500);
+    assert_eq!(events.len(), 1);
+    assert_eq!(events[0]["during"], "future");
     assert!(events[0]["location"].contains("tests/layer.rs:"));
 }
 
@@ -627,6 +671,11 @@ fn an_answer_that_panics_when_it_is_dropped_is_not_the_clients_trouble() {
         assert_eq!(events.len(), 2);
         assert_eq!(events[1]["during"], "on_panic");
     }
+    // A client that leaves before it has come.
+    let response = answer_of(&layer, request(Kind::Http));
+    let ((), events) = logged(|| drop(response));
+    assert_eq!(events.len(), 1);
+    assert_eq!(events[0]["during"], "drop of the body");
 }
 
 #[test]

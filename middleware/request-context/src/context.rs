@@ -231,8 +231,8 @@ pub trait Inherit: Send + Sync + Sized + 'static {
         Span::none()
     }
 
-    /// Something that this value contains, for those who ask for it by its own type. In a task it
-    /// is found before a value of that type that was added to the request's context later.
+    /// Something that this value contains, for those who ask for it by its own type; of another
+    /// type it is nothing. In a task it is found before a value of that type that was added to the request's context later.
     fn part(&self, wanted: TypeId) -> Option<&dyn Any> {
         let _ = wanted;
         None
@@ -508,7 +508,10 @@ impl<T: Inherit> Value for Inherited<T> {
     }
 
     fn get(&self, wanted: TypeId) -> Option<&dyn Any> {
-        if TypeId::of::<T>() == wanted { Some(&self.0) } else { self.0.part(wanted) }
+        if TypeId::of::<T>() == wanted {
+            return Some(&self.0);
+        }
+        self.0.part(wanted).filter(|part| (*part).type_id() == wanted)
     }
 
     fn type_name(&self) -> &'static str {

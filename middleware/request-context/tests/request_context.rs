@@ -1100,6 +1100,15 @@ fn where_nothing_is_inherited_a_task_has_the_context_as_it_is() {
 
 #[test]
 fn a_part_is_found_by_its_own_type() {
+    struct Sloppy;
+    impl Inherit for Sloppy {
+        fn inherit(&self, _: &Task) -> Self {
+            Self
+        }
+        fn part(&self, _: TypeId) -> Option<&dyn Any> {
+            Some(&7_u64)
+        }
+    }
     let (context, _) = lineage();
     assert_eq!(span_id(&context), Some(1));
     assert_eq!(span_id(&context.inherit(&a_task())), Some(2));
@@ -1110,6 +1119,11 @@ fn a_part_is_found_by_its_own_type() {
     let older = RequestContext::new().with(three);
     assert_eq!(span_id(&older.with_inherited(Lineage::new(&Arc::default()))), Some(1));
     assert_eq!(span_id(&older.with_inherited(Count(0))), Some(3));
+
+    // What is of another type is nothing, in a request as in its tasks.
+    let context = RequestContext::new().with_inherited(Count(1)).with_inherited(Sloppy);
+    assert_eq!(count(&context), Some(1));
+    assert_eq!(count(&context.inherit(&a_task())), Some(2));
 }
 
 #[test]
