@@ -142,7 +142,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use bytes::Buf;
@@ -552,18 +552,20 @@ impl<F, W: Watch, P> ResponseFuture<F, W, P> {
         Self { inner: Some(inner), watched: Some(watched), protocol: PhantomData }
     }
 
-    /// Ends it, if its watch says so: then it is not polled again. With the dialect to say so in.
-    fn poll_stop(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<(Stopped, Dialect)>
-    where
-        W: Stop,
-    {
+    /// Ends it in place of what it has yielded, if that: it is not polled again. With the dialect
+    /// to say so in.
+    #[cold]
+    #[inline(never)]
+    fn stop<O>(self: Pin<&mut Self>, output: O, end: End) -> Dialect {
         let mut this = self.project();
-        let Some(watched) = this.watched else { return Poll::Pending };
-        let stopped = ready!(watched.watch.poll_stop(cx));
+        let Some(watched) = this.watched else { return Dialect::default() };
         let dialect = watched.dialect;
-        watched.drop_inner::<F>(stopped.end(), || this.inner.set(None));
+        watched.drop_inner::<(F, O)>(end, || {
+            this.inner.set(None);
+            drop(output);
+        });
         *this.watched = None;
-        Poll::Ready((stopped, dialect))
+        dialect
     }
 }
 
@@ -573,14 +575,16 @@ where
     W: Watch,
     B: Body,
 {
-    /// Yields the response with what `wrap` makes of the body, and `pending` while there is none.
+    /// Yields the response with what `wrap` makes of the body. `ask` may end it, which is told whether
+    /// it is still to come: then it yields what `stopped` makes of the reason.
     // The response is made in one go, for it is large and each move of it is a copy.
     #[inline]
-    fn poll_or<T>(
+    fn poll_or_stop<T, R>(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         wrap: impl FnOnce(ResponseBody<B, W>) -> T,
-        pending: impl FnOnce(Pin<&mut Self>, &mut Context<'_>) -> Poll<Result<Response<T>, E>>,
+        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<(End, R)>,
+        stopped: impl FnOnce(R, Dialect) -> Response<T>,
     ) -> Poll<Result<Response<T>, E>> {
         let mut this = self.as_mut().project();
         let watched = this.watched.as_mut().expect("polled after it was ready");
@@ -597,8 +601,12 @@ where
         }
         inside.leave();
         watched.look_at_upload(cx);
+        if let Poll::Ready((end, reason)) = ask(&mut watched.watch, cx, output.is_pending()) {
+            let dialect = self.stop(output, end);
+            return Poll::Ready(Ok(stopped(reason, dialect)));
+        }
         let end = match &output {
-            Poll::Pending => return pending(self, cx),
+            Poll::Pending => return Poll::Pending,
             Poll::Ready(Err(_)) => Some(End::Failed),
             Poll::Ready(Ok(response)) => {
                 watched.in_trailers = watched.dialect.ends_in_trailers(response);
@@ -631,7 +639,7 @@ where
     type Output = Result<Response<ResponseBody<B, W>>, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.poll_or(cx, convert::identity, |_, _| Poll::Pending)
+        self.poll_or_stop(cx, convert::identity, never, |never, _| match never {})
     }
 }
 
@@ -643,7 +651,24 @@ where
     type Output = Result<T, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut this = self.project();
+        self.poll_or_stop(cx, convert::identity, never, |never| match never {})
+    }
+}
+
+impl<F, W, T, E> ResponseFuture<F, W, Plain>
+where
+    F: Future<Output = Result<T, E>>,
+    W: Watch,
+{
+    /// As that of an HTTP service.
+    fn poll_or_stop<C, R>(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        wrap: impl FnOnce(E) -> C,
+        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<(End, R)>,
+        stopped: impl FnOnce(R) -> C,
+    ) -> Poll<Result<T, C>> {
+        let mut this = self.as_mut().project();
         let watched = this.watched.as_mut().expect("polled after it was ready");
         let inside = Inside::enter(watched);
         let output = this.inner.as_mut().as_pin_mut().map_or(Poll::Pending, |inner| inner.poll(cx));
@@ -651,12 +676,21 @@ where
             this.inner.set(None);
         }
         inside.leave();
+        if let Poll::Ready((end, reason)) = ask(&mut watched.watch, cx, output.is_pending()) {
+            self.stop(output, end);
+            return Poll::Ready(Err(stopped(reason)));
+        }
         if let Poll::Ready(output) = &output {
             watched.end(if output.is_ok() { End::Completed } else { End::Failed });
             *this.watched = None;
         }
-        output
+        output.map_err(wrap)
     }
+}
+
+/// Of what ends no response.
+fn never<W>(_: &mut W, _: &mut Context<'_>, _: bool) -> Poll<(End, Infallible)> {
+    Poll::Pending
 }
 
 /// As the number of bytes that are to come: nobody knows. So many never pass.
@@ -723,16 +757,16 @@ impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
 }
 
 impl<B: Body, W: Watch> ResponseBody<B, W> {
-    /// Yields frames, with what `wrap` makes of an error. `poll_stop` may end it: then it yields what
-    /// `stopped` makes of the reason, told whether the client sees trailers. It is asked when the
-    /// inner body has come to an await, and after data unless that was the last.
+    /// Yields frames, with what `wrap` makes of an error. `ask` may end it, which is told whether more
+    /// is to come: then it yields what `stopped` makes of the reason, told whether the client sees
+    /// trailers. It is not asked after the last data.
     // A frame is made in one go, as a response is.
     #[inline]
     fn poll_or_stop<E, R>(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         wrap: impl FnOnce(B::Error) -> E,
-        poll_stop: impl FnOnce(&mut W, &mut Context<'_>) -> Poll<(End, R)>,
+        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<(End, R)>,
         stopped: impl FnOnce(R, bool) -> Result<Frame<B::Data>, E>,
     ) -> Poll<Option<Result<Frame<B::Data>, E>>> {
         let mut this = self.project();
@@ -751,45 +785,52 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
         let at_end = is_data && inner.is_end_stream();
         inside.leave();
         watched.look_at_upload(cx);
-        // Taken out and put in again, for trailers are three times as large.
-        let data = match frame {
-            Poll::Pending => None,
-            Poll::Ready(None) => {
-                watched.end(End::Completed);
-                return Poll::Ready(None);
-            }
-            Poll::Ready(Some(Err(error))) => {
-                watched.end(End::Failed);
-                return Poll::Ready(Some(Err(wrap(error))));
-            }
-            Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
-                Ok(data) => {
-                    let len = u64::try_from(data.remaining()).unwrap_or(u64::MAX);
-                    watched.left = watched.left.saturating_sub(len);
-                    if at_end {
-                        watched.next = Next::AtEnd;
-                        watched.end(End::Completed);
-                        return Poll::Ready(Some(Ok(Frame::data(data))));
-                    }
-                    Some(data)
-                }
-                Err(frame) => {
-                    watched.end(End::Completed);
-                    return Poll::Ready(Some(Ok(frame)));
-                }
-            },
-        };
-        if let Poll::Ready((end, reason)) = poll_stop(&mut watched.watch, cx) {
-            // The last data pass. A hint is not all that tells which are: see R6.
-            if data.is_none() || watched.left > 0 {
+        if let Poll::Ready(Some(Ok(frame))) = &frame {
+            let len = frame.data_ref().map_or(0, Buf::remaining);
+            watched.left = watched.left.saturating_sub(u64::try_from(len).unwrap_or(u64::MAX));
+        }
+        // The last data pass. A hint is not all that tells which are: see R6.
+        let is_last = at_end || frame.is_ready() && watched.left == 0;
+        if !is_last {
+            let is_to_come = is_data || frame.is_pending();
+            if let Poll::Ready((end, reason)) = ask(&mut watched.watch, cx, is_to_come) {
                 let in_trailers = watched.in_trailers;
-                watched.drop_inner::<B>(end, || this.inner.set(None));
+                watched.drop_inner::<(B, B::Data, B::Error)>(end, || {
+                    this.inner.set(None);
+                    drop(frame);
+                });
                 *this.watched = None;
                 return Poll::Ready(Some(stopped(reason, in_trailers)));
             }
         }
-        watched.next = Next::Inner;
-        data.map_or(Poll::Pending, |data| Poll::Ready(Some(Ok(Frame::data(data)))))
+        // Taken out and put in again, for trailers are three times as large.
+        match frame {
+            Poll::Pending => {
+                watched.next = Next::Inner;
+                Poll::Pending
+            }
+            Poll::Ready(None) => {
+                watched.end(End::Completed);
+                Poll::Ready(None)
+            }
+            Poll::Ready(Some(Err(error))) => {
+                watched.end(End::Failed);
+                Poll::Ready(Some(Err(wrap(error))))
+            }
+            Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                Ok(data) => {
+                    watched.next = if at_end { Next::AtEnd } else { Next::Inner };
+                    if at_end {
+                        watched.end(End::Completed);
+                    }
+                    Poll::Ready(Some(Ok(Frame::data(data))))
+                }
+                Err(frame) => {
+                    watched.end(End::Completed);
+                    Poll::Ready(Some(Ok(frame)))
+                }
+            },
+        }
     }
 }
 
@@ -801,8 +842,7 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        let never = |_: &mut W, _: &mut Context<'_>| Poll::<(_, Infallible)>::Pending;
-        self.poll_or_stop(cx, convert::identity, never, |stopped, _| match stopped {})
+        self.poll_or_stop(cx, convert::identity, never, |never, _| match never {})
     }
 
     fn is_end_stream(&self) -> bool {

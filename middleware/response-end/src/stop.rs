@@ -2,7 +2,7 @@ use std::{
     error::Error,
     fmt, mem,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
@@ -23,6 +23,26 @@ pub trait Stop: Watch {
     /// Asked whenever the future or the body has come to an await, and after every frame of data:
     /// it should cost next to nothing while nothing is to end. Once ready, it stays so.
     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped>;
+
+    /// The same when the future is ready, or the body has come to an end of its own: whether that
+    /// came too late, and is not to be passed on.
+    ///
+    /// For who does more to end a response than to say so here, such as to cancel what it waits for:
+    /// what the inner service makes of that is not its answer.
+    fn stopped(&mut self) -> Option<Stopped> {
+        None
+    }
+}
+
+/// Asks it, while more `is_to_come` or when the inner future or body has come to its own end.
+#[inline]
+fn ask<W: Stop>(watch: &mut W, cx: &mut Context<'_>, is_to_come: bool) -> Poll<(End, Stopped)> {
+    let stopped = if is_to_come {
+        watch.poll_stop(cx)
+    } else {
+        watch.stopped().map_or(Poll::Pending, Poll::Ready)
+    };
+    stopped.map(|stopped| (stopped.end(), stopped))
 }
 
 /// Why a layer has ended a response before its end.
@@ -133,10 +153,8 @@ where
     type Output = Result<Response<StoppableBody<B, W>>, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.project().inner.poll_or(cx, StoppableBody::of, |inner, cx| {
-            let (stopped, dialect) = ready!(inner.poll_stop(cx));
-            let response = stopped.response(dialect);
-            Poll::Ready(Ok(response.map(StoppableBody::answer)))
+        self.project().inner.poll_or_stop(cx, StoppableBody::of, ask, |stopped, dialect| {
+            stopped.response(dialect).map(StoppableBody::answer)
         })
     }
 }
@@ -149,11 +167,7 @@ where
     type Output = Result<T, CallError<E>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut inner = self.project().inner;
-        if let Poll::Ready(output) = inner.as_mut().poll(cx) {
-            return Poll::Ready(output.map_err(CallError::Inner));
-        }
-        inner.poll_stop(cx).map(|(stopped, _)| Err(CallError::Stopped(stopped)))
+        self.project().inner.poll_or_stop(cx, CallError::Inner, ask, CallError::Stopped)
     }
 }
 
@@ -215,10 +229,7 @@ where
     ) -> Poll<Option<Result<Frame<B::Data>, Self::Error>>> {
         match self.project().state.project() {
             StateProj::Inner { body } => {
-                let poll_stop = |watch: &mut W, cx: &mut Context<'_>| {
-                    watch.poll_stop(cx).map(|stopped| (stopped.end(), stopped))
-                };
-                body.poll_or_stop(cx, BodyError::Inner, poll_stop, |stopped, in_trailers| {
+                body.poll_or_stop(cx, BodyError::Inner, ask, |stopped, in_trailers| {
                     if in_trailers {
                         Ok(Frame::trailers(stopped.answer().trailers()))
                     } else {

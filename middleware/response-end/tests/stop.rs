@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     convert::Infallible,
     future::{Pending, Ready, pending, ready},
     panic::{AssertUnwindSafe, catch_unwind},
@@ -75,6 +75,20 @@ fn a_response_that_is_ready_is_not_ended() {
     let response = assert_ready_ok!(response.poll());
     assert_eq!(response.status(), 200);
     assert_eq!(test.seen(), []);
+}
+
+#[test]
+fn an_answer_that_comes_too_late_is_not_passed_on() {
+    for answer in [Ok(()), Err("broken")] {
+        let test = Test::new(Stopped::TimedOut);
+        test.too_late.set(true);
+        let answer = answer.map(|()| Response::new(Script::new(&test, [])));
+        let mut response = test.call(&get(), ready(answer));
+        assert_eq!(assert_ready_ok!(response.poll()).status(), 504);
+        let seen = test.seen();
+        assert_eq!(seen.first(), Some(&Seen::BeforeDrop(TimedOut)));
+        assert_eq!(seen.last(), Some(&Seen::Ended(TimedOut)));
+    }
 }
 
 #[test]
@@ -218,6 +232,38 @@ fn what_a_body_ends_in_passes() {
 }
 
 #[test]
+fn an_end_of_a_body_that_comes_too_late_is_not_passed_on() {
+    for version in [Version::HTTP_11, Version::HTTP_2] {
+        for (trailers, fails) in [(false, false), (true, false), (false, true)] {
+            let test = Test::new(Stopped::TimedOut);
+            let script = Script { trailers, fails, ..Script::new(&test, [Some("a")]) };
+            let mut body = test.body(&grpc(version), script);
+            test.too_late.set(true);
+            assert_eq!(data(body.enter(|cx, body| body.poll_frame(cx))), "a");
+            let end = assert_ready!(body.enter(|cx, body| body.poll_frame(cx))).unwrap();
+            match end {
+                Ok(frame) => assert_eq!(frame.into_trailers().unwrap()["grpc-status"], "4"),
+                Err(error) => assert!(matches!(error, BodyError::Stopped(Stopped::TimedOut))),
+            }
+            let ended = [Seen::BeforeDrop(TimedOut), Seen::Dropped, Seen::Ended(TimedOut)];
+            assert_eq!(test.seen(), ended);
+            assert!(assert_ready!(body.enter(|cx, body| body.poll_frame(cx))).is_none());
+        }
+    }
+    // The last data are not too late, nor what says no more than that.
+    let test = Test::new(Stopped::TimedOut);
+    let mut response = Response::new(Script::new(&test, [Some("hello")]));
+    response.headers_mut().insert("content-length", 5.into());
+    let future = ready(Answer::Ok(response));
+    let mut body = spawn(assert_ready_ok!(test.call(&get(), future).poll()).into_body());
+    test.too_late.set(true);
+    let mut next = || body.enter(|cx, body| body.poll_frame(cx));
+    assert_eq!(data(next()), "hello");
+    assert!(assert_ready!(next()).is_none());
+    assert_eq!(test.seen(), [Seen::Ended(Completed)]);
+}
+
+#[test]
 fn a_body_that_is_not_to_be_written_is_ended_if_it_is_polled() {
     let test = Test::new(Stopped::TimedOut);
     let mut body = test.body(&Request::head("/").body(()).unwrap(), Script::new(&test, [None]));
@@ -247,6 +293,18 @@ fn an_error_becomes_a_boxed_one() {
 }
 
 // Without HTTP
+
+#[test]
+fn without_http_what_comes_too_late_is_an_error() {
+    for output in [Ok(1), Err("broken")] {
+        let test = Test::new(Stopped::TimedOut);
+        test.too_late.set(true);
+        let mut response = spawn(StoppableFuture::plain(test.clone(), (), |()| ready(output)));
+        let error = assert_ready_err!(response.poll());
+        assert!(matches!(error, CallError::Stopped(Stopped::TimedOut)));
+        assert_eq!(test.seen(), [Seen::BeforeDrop(TimedOut), Seen::Ended(TimedOut)]);
+    }
+}
 
 #[test]
 fn without_http_a_call_that_is_ended_is_an_error() {
@@ -382,13 +440,16 @@ struct Test {
     stopped: Stopped,
     seen: Rc<RefCell<Vec<Seen>>>,
     inside: Rc<RefCell<bool>>,
+    /// What comes to its own end does so too late.
+    too_late: Rc<Cell<bool>>,
 }
 
 impl Test {
     fn new(stopped: Stopped) -> Self {
         let signal = Signal::new();
         let waiter = Rc::new(RefCell::new(signal.waiter()));
-        Self { signal, waiter, stopped, seen: Rc::default(), inside: Rc::default() }
+        let (seen, inside, too_late) = Default::default();
+        Self { signal, waiter, stopped, seen, inside, too_late }
     }
 
     fn seen(&self) -> Vec<Seen> {
@@ -445,6 +506,10 @@ impl Watch for Test {
 impl Stop for Test {
     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped> {
         self.waiter.borrow_mut().poll_given(cx).map(|()| self.stopped.clone())
+    }
+
+    fn stopped(&mut self) -> Option<Stopped> {
+        self.too_late.get().then(|| self.stopped.clone())
     }
 }
 

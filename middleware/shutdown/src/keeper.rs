@@ -100,8 +100,10 @@ impl Keeper {
                     if let Some(number) = signal {
                         obey(&state, number);
                     }
-                    if let_go(state) {
-                        // Nobody sees what this has begun.
+                    // If this is the last who has it, and nobody drove it, then nobody sees what the
+                    // signal has begun. Else it may be over for that signal.
+                    let was_driven = state.was_driven();
+                    if let_go(state) && !was_driven {
                         unheard = signal;
                     }
                 }

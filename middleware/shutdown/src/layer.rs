@@ -388,6 +388,18 @@ impl Stop for InFlight {
         }
         Poll::Ready(Stopped::Shutdown)
     }
+
+    // Tasks are cancelled too, and what waits for them may be ready before this is seen.
+    fn stopped(&mut self) -> Option<Stopped> {
+        let state = self.hook.get_mut()?.admitted.as_ref().map(|(state, _)| state)?;
+        if !state.is_cancelled() {
+            return None;
+        }
+        // All of it, before this request's tasks end with it, or they would not be among the forced.
+        state.cancel();
+        self.is_told = true;
+        Some(Stopped::Shutdown)
+    }
 }
 
 /// What is done when the response is over and nobody holds it any more.

@@ -5,7 +5,7 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     task::{Poll, Waker},
     time::Duration,
@@ -59,6 +59,8 @@ pub(crate) struct State {
     /// How many servers go on, of those that are run.
     servers: AtomicUsize,
     drivers: AtomicUsize,
+    /// Whether there was ever one.
+    was_driven: AtomicBool,
     /// Of the drivers.
     runs: AtomicUsize,
     beats: AtomicUsize,
@@ -143,6 +145,7 @@ impl State {
             keeper: Mutex::new(false),
             servers: AtomicUsize::new(0),
             drivers: AtomicUsize::new(0),
+            was_driven: AtomicBool::new(false),
             runs: AtomicUsize::new(0),
             beats: AtomicUsize::new(0),
         }
@@ -280,12 +283,20 @@ impl State {
         drop(catch(|| self.token.cancel()));
     }
 
+    /// Whether requests and tasks are to end, be it that not all were told yet.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.told.load(Relaxed) >= CANCEL
+    }
+
     pub(crate) fn is_draining(&self) -> bool {
         self.told.load(Relaxed) >= DRAIN
     }
 
     /// Requests and tasks are to end.
     pub(crate) fn cancel(&self) {
+        if self.ending.is_given() {
+            return;
+        }
         self.roll.requests.close();
         self.tell_registries(CANCEL);
         // Last: of a request that ends first, the tasks would end for that, and be missing among
@@ -357,6 +368,7 @@ impl State {
         let driver = Driver { state: self, runs };
         // Before the keeper is woken, or it would find the beat of the last one.
         driver.beat();
+        self.was_driven.store(true, Relaxed);
         self.drivers.fetch_add(1, Relaxed);
         self.runs.fetch_add(runs.into(), Relaxed);
         self.woken.notify_one();
@@ -366,6 +378,11 @@ impl State {
     /// Whether it goes on, and somebody drives it.
     pub(crate) fn is_driven(&self) -> bool {
         self.has_begun() && self.drivers.load(Relaxed) > 0
+    }
+
+    /// Whether somebody has driven it: who then lets go of it has seen all that was asked of it.
+    pub(crate) fn was_driven(&self) -> bool {
+        self.was_driven.load(Relaxed)
     }
 
     /// Whether one of those who drive it runs it.

@@ -1158,7 +1158,55 @@ async fn at_the_deadline_the_head_is_503_and_a_body_ends_in_an_error_or_in_trail
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_ready_at_the_deadline_is_not_cut_off() {
+async fn what_is_made_of_the_end_of_the_tasks_is_not_the_answer() {
+    /// Ends when its task does, as if that were all.
+    struct Fed(tower_task_set::TaskHandle<()>);
+    impl Body for Fed {
+        type Data = Bytes;
+        type Error = Infallible;
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Pin::new(&mut self.0).poll(cx).map(|_| None)
+        }
+    }
+    let tasks = TaskRegistry::new();
+    let shutdown = shutdown_of(secs(3)).tasks(&tasks);
+    let layers = ServiceBuilder::new().layer(shutdown.layer()).layer(TaskSetLayer::new(&tasks));
+    let start = || TaskSet::current().unwrap().spawn("feed", pending()).unwrap();
+    let head = layers.clone().service_fn(|_: Request<()>| async {
+        let outcome = start().await;
+        assert!(outcome.is_err());
+        Ok::<_, Infallible>(Response::new(Full::<Bytes>::default()))
+    });
+    let mut head = Box::pin(head.oneshot(Request::new(())));
+    assert!(poll_once(head.as_mut()).is_pending());
+    let body = layers
+        .service_fn(|_: Request<()>| async { Ok::<_, Infallible>(Response::new(Fed(start()))) });
+    let mut body = Box::pin(body.oneshot(Request::new(())).await.unwrap().into_body());
+    assert!(poll_once(pin!(body.frame())).is_pending());
+
+    let finish = tokio::spawn({
+        let shutdown = shutdown.clone();
+        async move { shutdown.finish().await }
+    });
+    settle().await;
+    advance(secs(3)).await;
+    settle().await;
+    assert_eq!(tasks.len(), 0, "its tasks have ended before anybody polls it");
+    assert_eq!(head.await.unwrap().status(), 503);
+    assert!(matches!(body.frame().await, Some(Err(BodyError::Stopped(_)))));
+    drop(body);
+    let report = finish.await.unwrap();
+    assert_eq!((report.requests.completed, report.requests.ended), (0, 2));
+    let count = |kind| report.forced().iter().filter(|it| it.what == kind).count();
+    assert_eq!((count(Kind::Request), count(Kind::Task)), (2, 2));
+    assert_adds_up(&report);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_what_is_ready_after_the_deadline_the_last_data_alone_are_passed_on() {
     let shutdown = Shutdown::new(Duration::ZERO).without_signals();
     let mut service = shutdown
         .layer()
@@ -1167,14 +1215,11 @@ async fn what_was_ready_at_the_deadline_is_not_cut_off() {
     let mut body = service.call(Request::new(())).await.unwrap().into_body();
     let mut finish = pin!(shutdown.finish());
     assert!(poll_once(finish.as_mut()).is_pending());
-    let response = head.await.unwrap();
-    assert_eq!(response.status(), 200);
-    drop(response);
+    assert_eq!(head.await.unwrap().status(), 503);
     assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "all");
     drop(body);
     let report = finish.await;
-    // The response that was dropped has not been read: its client has left.
-    assert_eq!((report.requests.completed, report.forced().len()), (2, 0));
+    assert_eq!((report.requests.completed, report.requests.ended), (1, 1));
 }
 
 #[tokio::test(start_paused = true)]

@@ -104,6 +104,16 @@ impl Deadline {
         }
     }
 
+    /// Whether it is over, and the set was told so.
+    pub(crate) fn is_told_over(&self) -> bool {
+        if let Timer::Never = self.timer {
+            return false;
+        }
+        let is_over = |set: &Arc<Set>| set.ended() == Some(End::TimedOut);
+        // That may be for another deadline than this one.
+        self.told.as_ref().is_some_and(is_over) && Instant::now() >= self.at
+    }
+
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Timer::Unset = self.timer {
             self.timer = self.set();

@@ -375,6 +375,15 @@ impl Stop for ResponseScope {
             Response::Other(Some(timed)) => timed.poll_stop(cx),
         }
     }
+
+    #[inline]
+    fn stopped(&mut self) -> Option<Stopped> {
+        match &self.0 {
+            Response::Own(own) => own.stopped(),
+            Response::Other(None) => None,
+            Response::Other(Some(timed)) => timed.stopped(),
+        }
+    }
 }
 
 impl Timed {
@@ -401,6 +410,15 @@ impl Timed {
             return Poll::Ready(Stopped::TimedOut);
         }
         self.own.as_ref().map_or(Poll::Pending, |own| own.poll_stop(cx))
+    }
+
+    // Its tasks were told, and what waits for them may be ready before the timer is seen.
+    #[inline(never)]
+    fn stopped(&self) -> Option<Stopped> {
+        if self.deadline.is_told_over() {
+            return Some(Stopped::TimedOut);
+        }
+        self.own.as_ref()?.stopped()
     }
 }
 
@@ -445,6 +463,14 @@ impl Own {
                 set.poll_failed(cx).map(Stopped::Panicked)
             }
             _ => Poll::Pending,
+        }
+    }
+
+    #[inline]
+    fn stopped(&self) -> Option<Stopped> {
+        match &self.0 {
+            Current::Set(set, _) if set.has_failed() => set.failed().map(Stopped::Panicked),
+            _ => None,
         }
     }
 }

@@ -979,6 +979,12 @@ impl Set {
         self.marks() & FAILED != 0
     }
 
+    /// Why the response is to fail, if it is.
+    #[cold]
+    pub(crate) fn failed(&self) -> Option<Panic> {
+        self.lock().failed().cloned()
+    }
+
     /// Whether the response is to fail; if not, wakes `cx` when it is.
     pub(crate) fn poll_failed(&self, cx: &Context<'_>) -> Poll<Panic> {
         let inner = self.lock();

@@ -1,8 +1,14 @@
-use std::{future::pending, pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{
+    future::pending,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body::Body;
+use http_body::{Body, Frame};
 use http_body_util::{BodyExt, Empty, Full};
 use tokio::{
     runtime::Builder,
@@ -115,6 +121,64 @@ async fn a_body_that_takes_too_long_ends_in_an_error() {
     assert!(body.frame().await.is_none());
     settle().await;
     assert_ledger(&tasks, "cancelled 1");
+}
+
+/// Ends when its task does, as if that were all.
+struct Fed(TaskHandle<()>);
+
+impl Body for Fed {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        Pin::new(&mut self.0).poll(cx).map(|_| None)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_made_of_the_end_of_the_tasks_is_not_the_answer() {
+    let tasks = TaskRegistry::new().at_end(AtEnd::Cancel);
+    let layer = TaskSetLayer::new(&tasks).deadline(secs(3));
+    let start = || TaskSet::current().unwrap().spawn("task", forever()).unwrap();
+    for fails in [false, true] {
+        let service = layer.layer(service_fn(|_: Request<()>| async move {
+            let outcome = outcome(start()).await;
+            assert_eq!(outcome, Yield::Cancelled(Cause::TimedOut));
+            if fails { Err(Broken) } else { Ok(Response::new(Empty::<Bytes>::new())) }
+        }));
+        let mut response = Box::pin(service.oneshot(Request::new(())));
+        assert!(poll_once(response.as_mut()).is_pending());
+        advance(secs(3)).await;
+        settle().await;
+        assert_eq!(tasks.len(), 0, "its tasks have ended before anybody polls it");
+        assert_eq!(response.await.unwrap().status(), 504);
+    }
+
+    let service = layer
+        .layer(service_fn(|_: Request<()>| async { Ok::<_, Broken>(Response::new(Fed(start()))) }));
+    let mut body = Box::pin(service.oneshot(Request::new(())).await.unwrap().into_body());
+    assert!(poll_once(pin!(body.frame())).is_pending());
+    advance(secs(3)).await;
+    settle().await;
+    assert_eq!(tasks.len(), 0);
+    let error = body.frame().await.unwrap().unwrap_err();
+    assert!(matches!(error, BodyError::Stopped(Stopped::TimedOut)));
+    assert!(body.frame().await.is_none());
+
+    let service = layer.plain().layer(service_fn(|(): ()| async {
+        outcome(start()).await;
+        Ok::<_, Broken>(())
+    }));
+    let mut response = Box::pin(service.oneshot(()));
+    assert!(poll_once(response.as_mut()).is_pending());
+    advance(secs(3)).await;
+    settle().await;
+    let error = response.await.unwrap_err();
+    assert!(matches!(error, CallError::Stopped(Stopped::TimedOut)));
+    assert_ledger(&tasks, "cancelled 4");
 }
 
 #[tokio::test(start_paused = true)]

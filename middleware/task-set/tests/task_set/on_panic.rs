@@ -41,6 +41,18 @@ async fn a_panic_is_the_tasks_own_unless_something_else_is_chosen() {
 }
 
 #[tokio::test]
+async fn what_a_handler_makes_of_a_panic_that_fails_its_response_is_not_the_answer() {
+    let tasks = TaskRegistry::new();
+    let layer = TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse);
+    let service = layer.layer(service_fn(|_: Request<()>| async {
+        let task = TaskSet::current().unwrap().spawn("task", hurt()).unwrap();
+        assert_eq!(outcome(task).await, hurts());
+        Ok::<_, Broken>(Response::new(Empty::<Bytes>::new()))
+    }));
+    assert_eq!(service.oneshot(Request::new(())).await.unwrap().status(), 500);
+}
+
+#[tokio::test]
 async fn a_panic_may_cancel_the_siblings() {
     let tasks = TaskRegistry::new();
     let mut served = serve(&TaskSetLayer::new(&tasks).on_panic(OnPanic::CancelSiblings));
