@@ -22,14 +22,14 @@
 //! exits with 0 if nothing had to be forced, else with 1; with 2 if a variable makes no sense. Add
 //! `?stay=true` to `/events` or `/echo` for one that does not look at the shutdown.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "it is a program")]
+#![expect(clippy::print_stderr, reason = "it is a program")]
 
 use std::{
     env,
     error::Error,
     fmt::Display,
     future,
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
     net::Ipv4Addr,
     ops::RangeInclusive,
     process::ExitCode,
@@ -377,8 +377,13 @@ pub(crate) fn site(settings: &Settings) -> Result<(Router, App, Shutdown), PlanE
 async fn serve(settings: Settings) -> Result<(Report, TaskRegistry), Box<dyn Error>> {
     let (router, app, shutdown) = site(&settings)?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, settings.port)).await?;
-    println!("listening on http://{}", listener.local_addr()?);
+    let address = listener.local_addr()?;
     let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.signalled());
+    let server = async {
+        // Only now: before, a signal would still end the process.
+        say(format_args!("listening on http://{address}"));
+        server.await
+    };
     let report = shutdown.run(server).await.unwrap_or_else(|error| error.exit());
     Ok((report, app.tasks))
 }
@@ -397,12 +402,17 @@ async fn main() -> ExitCode {
     log.with_writer(io::stderr).init();
     match serve(settings).await {
         Ok((report, tasks)) => {
-            println!("{}", json!({ "report": report, "ledger": tasks.snapshot() }));
+            say(json!({ "report": report, "ledger": tasks.snapshot() }));
             report.exit()
         }
         Err(error) => {
             eprintln!("axum: {error}");
-            ExitCode::FAILURE
+            ExitCode::from(if error.is::<PlanError>() { 2 } else { 1 })
         }
     }
+}
+
+/// Whoever reads it may be gone: that changes nothing.
+fn say(line: impl Display) {
+    drop(writeln!(io::stdout(), "{line}"));
 }

@@ -104,6 +104,12 @@ async fn main() -> Result {
         Ok(())
     };
     let server = axum::serve(listener, app).with_graceful_shutdown(shutdown.signalled());
+    // What goes wrong in a client ends it too.
+    let clients = async {
+        let told = tokio::time::timeout(Duration::from_secs(10), clients).await;
+        shutdown.begin();
+        told?
+    };
     let (report, told): (_, Result) = tokio::join!(shutdown.run(server.into_future()), clients);
     told?;
     let (report, snapshot) = (report?, tasks.snapshot());

@@ -82,6 +82,14 @@ async fn run(what: &str, budget: Duration) {
             let shutdown = Shutdown::new(budget).tasks(&tasks);
             return serve(what, &shutdown).await;
         }
+        "gone_at_its_end" => {
+            let report = shutdown.run(server(&shutdown, false)).await.expect("it serves");
+            drop(shutdown);
+            // So long the thread that has heard the signal could end the process.
+            sleep(SOON).await;
+            println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
+            report.exit()
+        }
         "many_gone" => {
             for _ in 0..20 {
                 drop(failed(&Shutdown::new(budget)).await);
@@ -155,21 +163,26 @@ async fn run(what: &str, budget: Duration) {
 }
 
 async fn serve(what: &str, shutdown: &Shutdown) {
+    let report = shutdown.run(server(shutdown, what == "by_itself")).await.expect("it serves");
+    println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
+    report.exit()
+}
+
+fn server(
+    shutdown: &Shutdown,
+    ends_by_itself: bool,
+) -> impl Future<Output = Result<(), std::io::Error>> + use<> {
     let signalled = shutdown.signalled();
-    let by_itself = what == "by_itself";
-    let server = async move {
+    async move {
         let mut signalled = std::pin::pin!(signalled);
         // Signals are listened to from its first poll on.
         poll_once(signalled.as_mut()).await;
         ready();
-        if !by_itself {
+        if !ends_by_itself {
             signalled.await;
         }
-        Ok::<_, std::io::Error>(())
-    };
-    let report = shutdown.run(server).await.expect("it serves");
-    println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
-    report.exit()
+        Ok(())
+    }
 }
 
 /// So many of this process.

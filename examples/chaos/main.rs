@@ -82,7 +82,8 @@ impl Options {
                 "--seed" => seed = number()?,
                 "--report" => report = Some(value),
                 "--duration" => {
-                    let (number, unit) = value.split_at(value.len().saturating_sub(1));
+                    let unit = value.trim_start_matches(|char: char| char.is_ascii_digit());
+                    let number = &value[..value.len() - unit.len()];
                     let seconds = match unit {
                         "s" => 1,
                         "m" => 60,

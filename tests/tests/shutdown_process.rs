@@ -348,6 +348,14 @@ fn a_signal_ends_a_process_whose_shutdown_is_gone() {
 }
 
 #[test]
+fn a_signal_that_was_heard_does_not_end_a_process_whose_shutdown_is_gone_for_it() {
+    for _ in 0..20 {
+        let ended = Process::start("gone_at_its_end", Duration::from_secs(600)).terminate();
+        assert_eq!(ended.code, Some(0), "{}", ended.log);
+    }
+}
+
+#[test]
 fn a_signal_is_for_the_shutdown_that_is_there_and_not_for_one_that_is_gone() {
     let ended = Process::start("one_of_two_gone", Duration::from_secs(600)).terminate();
     assert_eq!(ended.code, Some(0), "{}", ended.log);

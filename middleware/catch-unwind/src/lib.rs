@@ -12,6 +12,9 @@
 //! | drop of the future half-way, drop of the body | no difference | no difference | no difference |
 //! | `poll_ready` | goes on | goes on | goes on |
 //!
+//! A body that ends in an error is cut off: a chunk is missing, or the stream is reset. Over HTTP/1.0
+//! one without a length ends with its connection (RFC 9112, section 6.3), and nobody can tell.
+//!
 //! A layer inside may ask for hints before it hands the response over, as `tower-response-end` and
 //! `tower-task-set` do: a panic of theirs is then one of the future.
 //!

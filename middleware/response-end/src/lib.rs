@@ -71,7 +71,8 @@
 //! of one response is its [`Watch`], which is also [`Stop`]: when that says so, the inner future or
 //! body is dropped, in scope, and the client is told. Before the head it gets an answer instead, a
 //! problem document or a gRPC status; after it the body ends in an error, or in trailers if the
-//! client speaks gRPC over HTTP/2. The service's future is a [`StoppableFuture`], its body a
+//! client speaks gRPC over HTTP/2. What comes to its own end is passed on, unless [`Stop::stopped`]
+//! says that it is too late. The service's future is a [`StoppableFuture`], its body a
 //! [`StoppableBody`]. All responses that one event ends share a [`Signal`].
 //!
 //! ```
