@@ -54,7 +54,7 @@
 //! |---|---|---|
 //! | settle | with the first signal, [`begin`](Shutdown::begin), or the end of the server | [`is_ready`](ShutdownWatch::is_ready) is false; all is served as before |
 //! | drain | after the [settle delay](Shutdown::settle), none by default | the server stops accepting; work outside of requests is refused; [`draining`](ShutdownWatch::draining) is ready |
-//! | cancel | the [grace](Shutdown::grace) before the deadline | requests end: 503 or gRPC status 14 before the head, an error or trailers after it. Tasks are told to end, for [`Cause::Shutdown`](tower_task_set::Cause::Shutdown). No spawn and no request is accepted |
+//! | cancel | the [grace](Shutdown::grace) before the deadline | requests end: 503 or gRPC status 14 before the head, an error or trailers after it. Tasks are told to end, for [`Cause::Shutdown`](tower_task_set::Cause::Shutdown); what requests make of that comes too late. No spawn and no request is accepted |
 //! | abort | at the deadline | graceful tasks have no grace any more |
 //! | over | 100 ms later, or up to a second while requests and tasks become fewer | the report; the server is dropped |
 //!

@@ -86,7 +86,8 @@
 //! is over, the handler or the body is dropped, and the set ends with [`End::TimedOut`]; then a
 //! task's lifetime counts, as ever. The client gets 504 in place of the head; after it the body ends
 //! in [`BodyError::Stopped`]. A gRPC client gets status 4, after the head in trailers. The caller of
-//! a [plain](TaskSetLayer::plain) service gets [`CallError::Stopped`].
+//! a [plain](TaskSetLayer::plain) service gets [`CallError::Stopped`]. What the handler or the body
+//! makes of the end of its tasks then comes too late.
 //!
 //! It is the backstop where [the server cannot see](tower_response_end#what-it-cannot-see) that a
 //! client has left. The set ends in time whatever the server does, and whoever
