@@ -48,7 +48,7 @@
 //! | a closure in `spawn_blocking` | is asked to stop if its task is told to end | the same | the same | is asked, and then reported |
 //! | a handler under [`ShieldLayer`](task_set::ShieldLayer) | goes on, as its layer's `at_end` says | it has answered | goes on, likewise | drains as a task |
 //! | any other handler, and a body | is dropped | is dropped | is dropped | has the budget, and is then dropped |
-//! | [`ResponseEndLayer`]'s hook | `Disconnected` | `Completed` if all announced bytes have passed, else `Disconnected` | outside of the task set `Completed` or `Failed`, inside `Disconnected` | the same, of [`ShutdownLayer`] |
+//! | [`ResponseEndLayer`]'s hook | `Disconnected` | `Completed` if all announced bytes have passed, else `Disconnected` | outside of the task set `Completed` or `Failed`; inside `Disconnected`, or what the response made of the end of its tasks | the same, of [`ShutdownLayer`] |
 //! | a permit of [`SpawnLimit`] | stays until its task has ended | the same | the same | the same |
 //! | a caller that waits for a permit | gives up | gives up | gives up | gives up |
 //! | a permit of [`RequestLimitLayer`] | comes back | comes back | comes back | comes back |

@@ -758,9 +758,25 @@ impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
 }
 
 impl<B: Body, W: Watch> ResponseBody<B, W> {
+    /// Whether it is at its end, unless that `is_too_late`: then it is polled, and ends otherwise.
+    #[inline]
+    fn is_at_end_unless(&self, is_too_late: impl FnOnce(&W) -> bool) -> bool {
+        let is_at_end = || self.inner.as_ref().is_none_or(Body::is_end_stream);
+        match &self.watched {
+            Some(watched) if watched.next != Next::Inner => true,
+            Some(watched) => {
+                let is_late = || watched.left > 0 && !watched.ended && is_too_late(&watched.watch);
+                let is_at_end = is_at_end() && !is_late();
+                watched.is_at_end.store(is_at_end, Relaxed);
+                is_at_end
+            }
+            None => is_at_end(),
+        }
+    }
+
     /// Yields frames, with what `wrap` makes of an error. `ask` may end it, which is told whether more
     /// is to come: then it yields what `stopped` makes of the reason, told whether the client sees
-    /// trailers. It is not asked after the last data.
+    /// trailers.
     // A frame is made in one go, as a response is.
     #[inline]
     fn poll_or_stop<E, R>(
@@ -790,10 +806,10 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
             let len = frame.data_ref().map_or(0, Buf::remaining);
             watched.left = watched.left.saturating_sub(u64::try_from(len).unwrap_or(u64::MAX));
         }
-        // The last data pass. A hint is not all that tells which are: see R6.
-        let is_last = at_end || frame.is_ready() && watched.left == 0;
-        if !is_last {
-            let is_to_come = is_data || frame.is_pending();
+        // The last data pass, by the length that was told. Their own body's word is asked about as
+        // any end of it is: that may be what it makes of being told to end.
+        if watched.left > 0 || frame.is_pending() {
+            let is_to_come = is_data && !at_end || frame.is_pending();
             if let Poll::Ready((end, reason)) = ask(&mut watched.watch, cx, is_to_come) {
                 let in_trailers = watched.in_trailers;
                 watched.drop_inner::<(B, B::Data, B::Error)>(end, || {
@@ -847,16 +863,7 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
     }
 
     fn is_end_stream(&self) -> bool {
-        let is_at_end = || self.inner.as_ref().is_none_or(Body::is_end_stream);
-        match &self.watched {
-            Some(watched) if watched.next != Next::Inner => true,
-            Some(watched) => {
-                let is_at_end = is_at_end();
-                watched.is_at_end.store(is_at_end, Relaxed);
-                is_at_end
-            }
-            None => is_at_end(),
-        }
+        self.is_at_end_unless(|_| false)
     }
 
     fn size_hint(&self) -> SizeHint {

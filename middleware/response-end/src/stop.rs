@@ -29,7 +29,7 @@ pub trait Stop: Watch {
     ///
     /// For who does more to end a response than to say so here, such as to cancel what it waits for:
     /// what the inner service makes of that is not its answer.
-    fn stopped(&mut self) -> Option<Stopped> {
+    fn stopped(&self) -> Option<Stopped> {
         None
     }
 }
@@ -246,7 +246,7 @@ where
 
     fn is_end_stream(&self) -> bool {
         match &self.state {
-            State::Inner { body } => body.is_end_stream(),
+            State::Inner { body } => body.is_at_end_unless(|watch| watch.stopped().is_some()),
             State::Answer { bytes } => bytes.is_empty(),
         }
     }

@@ -250,6 +250,28 @@ fn an_end_of_a_body_that_comes_too_late_is_not_passed_on() {
             assert!(assert_ready!(body.enter(|cx, body| body.poll_frame(cx))).is_none());
         }
     }
+    // Nor is one that the body tells with its last data, or afterwards.
+    for told_later in [false, true] {
+        let test = Test::new(Stopped::TimedOut);
+        let tells_later = Rc::new(Cell::new(false));
+        let script = Script::new(&test, [Some("a"), Some("]")]);
+        let script =
+            Script { tells_its_end: !told_later, tells_later: tells_later.clone(), ..script };
+        let mut body = test.body(&get(), script);
+        assert_eq!(data(body.enter(|cx, body| body.poll_frame(cx))), "a");
+        if told_later {
+            assert_eq!(data(body.enter(|cx, body| body.poll_frame(cx))), "]");
+            assert!(!body.is_end_stream());
+            tells_later.set(true);
+            assert!(body.is_end_stream());
+        }
+        test.too_late.set(true);
+        assert!(!body.is_end_stream(), "it is to be polled");
+        let last = assert_ready!(body.enter(|cx, body| body.poll_frame(cx)));
+        assert!(matches!(last, Some(Err(BodyError::Stopped(Stopped::TimedOut)))), "{last:?}");
+        let ended = [Seen::BeforeDrop(TimedOut), Seen::Dropped, Seen::Ended(TimedOut)];
+        assert_eq!(test.seen(), ended);
+    }
     // The last data are not too late, nor what says no more than that.
     let test = Test::new(Stopped::TimedOut);
     let mut response = Response::new(Script::new(&test, [Some("hello")]));
@@ -508,7 +530,7 @@ impl Stop for Test {
         self.waiter.borrow_mut().poll_given(cx).map(|()| self.stopped.clone())
     }
 
-    fn stopped(&mut self) -> Option<Stopped> {
+    fn stopped(&self) -> Option<Stopped> {
         self.too_late.get().then(|| self.stopped.clone())
     }
 }
@@ -531,6 +553,7 @@ struct Script {
     trailers: bool,
     fails: bool,
     tells_its_end: bool,
+    tells_later: Rc<Cell<bool>>,
     _noted: Option<NoteDrop>,
 }
 
@@ -562,7 +585,7 @@ impl Body for Script {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.tells_its_end && self.frames.is_empty()
+        (self.tells_its_end || self.tells_later.get()) && self.frames.is_empty()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -3,7 +3,10 @@ use std::{
     fmt,
     marker::PhantomData,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -332,8 +335,8 @@ impl<F: Future> Future for Admitted<F> {
 struct InFlight {
     hook: Hook<Leave>,
     /// For the deadline. `None`: it was refused.
-    waiter: Option<Waiter>,
-    is_told: bool,
+    deadline: Option<(Arc<State>, Waiter)>,
+    is_told: AtomicBool,
 }
 
 impl InFlight {
@@ -344,14 +347,14 @@ impl InFlight {
         let place = state.enter(roll::Request { name, started, trace_id });
         let admitted = place.map(|place| (state.clone(), place));
         Self {
-            waiter: admitted.as_ref().map(|(state, _)| state.ending.waiter()),
+            deadline: admitted.as_ref().map(|(state, _)| (state.clone(), state.ending.waiter())),
             hook: Hook::new(Leave { admitted, was_ended: false }),
-            is_told: false,
+            is_told: AtomicBool::new(false),
         }
     }
 
     const fn is_refused(&self) -> bool {
-        self.waiter.is_none()
+        self.deadline.is_none()
     }
 }
 
@@ -367,7 +370,7 @@ impl Watch for InFlight {
     fn before_drop(&mut self, end: End) {
         // Told, it may still have come to its end with what it had ready; and if it is dropped for
         // that, the end may be a panic.
-        if self.is_told && end == End::Disconnected {
+        if *self.is_told.get_mut() && end == End::Disconnected {
             if let Some(leave) = self.hook.get_mut() {
                 leave.was_ended = true;
             }
@@ -382,22 +385,19 @@ impl Watch for InFlight {
 
 impl Stop for InFlight {
     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped> {
-        if let Some(waiter) = &mut self.waiter {
+        if let Some((_, waiter)) = &mut self.deadline {
             ready!(waiter.poll_given(cx));
-            self.is_told = true;
+            *self.is_told.get_mut() = true;
         }
         Poll::Ready(Stopped::Shutdown)
     }
 
     // Tasks are cancelled too, and what waits for them may be ready before this is seen.
-    fn stopped(&mut self) -> Option<Stopped> {
-        let state = self.hook.get_mut()?.admitted.as_ref().map(|(state, _)| state)?;
-        if !state.is_cancelled() {
-            return None;
-        }
+    fn stopped(&self) -> Option<Stopped> {
+        let (state, _) = self.deadline.as_ref().filter(|(state, _)| state.is_cancelled())?;
         // All of it, before this request's tasks end with it, or they would not be among the forced.
         state.cancel();
-        self.is_told = true;
+        self.is_told.store(true, Relaxed);
         Some(Stopped::Shutdown)
     }
 }

@@ -104,14 +104,10 @@ impl Deadline {
         }
     }
 
-    /// Whether it is over, and the set was told so.
-    pub(crate) fn is_told_over(&self) -> bool {
-        if let Timer::Never = self.timer {
-            return false;
-        }
-        let is_over = |set: &Arc<Set>| set.ended() == Some(End::TimedOut);
-        // That may be for another deadline than this one.
-        self.told.as_ref().is_some_and(is_over) && Instant::now() >= self.at
+    /// Whether it is over for a response that has come to an await, though the timer may not have
+    /// been seen.
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(self.timer, Timer::Set(_)) && Instant::now() >= self.at
     }
 
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {

@@ -314,6 +314,9 @@ impl<P> TaskSetLayer<P> {
     /// it too, at both ends, and may be first with its own answer, which is `CANCELLED`. For its
     /// wish alone choose `Duration::MAX`. Else choose what the slowest honest client takes for the
     /// largest response: an event stream ends by it too.
+    ///
+    /// That of a layer within another one of the same registry counts until the inner response is
+    /// over, whether the set is held or not.
     pub fn deadline(mut self, time: Duration) -> Self {
         self.deadline = Some(Limit::new(time));
         self

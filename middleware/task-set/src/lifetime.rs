@@ -52,6 +52,10 @@ pub enum OnPanic {
     CancelSiblings,
     /// Its response fails: before the head the answer is a 500 or gRPC status 13, after it the body
     /// ends in an error, or in trailers for a gRPC client. When the response is over, nothing.
+    ///
+    /// The panic is known when it has unwound the task, which may be too late for a response that
+    /// comes to an end for what the task's destructors did: do not take a closed channel for the
+    /// end of the data. Who awaits the [`TaskHandle`](crate::TaskHandle) has no such end.
     FailResponse,
 }
 

@@ -377,7 +377,7 @@ impl Stop for ResponseScope {
     }
 
     #[inline]
-    fn stopped(&mut self) -> Option<Stopped> {
+    fn stopped(&self) -> Option<Stopped> {
         match &self.0 {
             Response::Own(own) => own.stopped(),
             Response::Other(None) => None,
@@ -412,10 +412,10 @@ impl Timed {
         self.own.as_ref().map_or(Poll::Pending, |own| own.poll_stop(cx))
     }
 
-    // Its tasks were told, and what waits for them may be ready before the timer is seen.
+    // Tasks were told, and what waits for them may be ready before the timer is seen.
     #[inline(never)]
     fn stopped(&self) -> Option<Stopped> {
-        if self.deadline.is_told_over() {
+        if self.deadline.is_over() {
             return Some(Stopped::TimedOut);
         }
         self.own.as_ref()?.stopped()
@@ -459,9 +459,7 @@ impl Own {
     #[inline]
     fn poll_stop(&self, cx: &mut Context<'_>) -> Poll<Stopped> {
         match &self.0 {
-            Current::Set(set, slot) if *slot != OVER || set.has_failed() => {
-                set.poll_failed(cx).map(Stopped::Panicked)
-            }
+            Current::Set(set, slot) if *slot != OVER => set.poll_failed(cx).map(Stopped::Panicked),
             _ => Poll::Pending,
         }
     }
@@ -469,7 +467,9 @@ impl Own {
     #[inline]
     fn stopped(&self) -> Option<Stopped> {
         match &self.0 {
-            Current::Set(set, _) if set.has_failed() => set.failed().map(Stopped::Panicked),
+            Current::Set(set, slot) if *slot != OVER && set.has_failed() => {
+                set.failed().map(Stopped::Panicked)
+            }
             _ => None,
         }
     }

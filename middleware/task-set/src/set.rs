@@ -1368,8 +1368,9 @@ impl Set {
     pub(crate) fn tell_panic(self: &Arc<Self>, slot: u32, panic: Panic) -> Panic {
         let (name, site) = self.name_and_site(slot);
         let panic = panic.in_task(name, site);
-        self.log((name, site), Some(&panic), "task panicked");
+        // First, for what the task had is gone already, and the response may be about to end for it.
         self.panicked(slot, &panic);
+        self.log((name, site), Some(&panic), "task panicked");
         panic
     }
 
@@ -1378,9 +1379,10 @@ impl Set {
     pub(crate) fn tell_drop_panic(self: &Arc<Self>, slot: u32, panic: Option<Panic>) {
         let (name, site) = self.name_and_site(slot);
         let panic = panic.map(|panic| panic.in_task(name, site));
-        self.log((name, site), panic.as_ref(), "task panicked while it was dropped");
         let unknown = || Panic::new(Box::new("while it was dropped")).in_task(name, site);
+        // First, as above.
         self.panicked(slot, &panic.clone().unwrap_or_else(unknown));
+        self.log((name, site), panic.as_ref(), "task panicked while it was dropped");
         if let Some(panic) = panic {
             self.lock().keep_drop_panic(slot, panic);
         }

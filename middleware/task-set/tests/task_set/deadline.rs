@@ -123,8 +123,18 @@ async fn a_body_that_takes_too_long_ends_in_an_error() {
     assert_ledger(&tasks, "cancelled 1");
 }
 
-/// Ends when its task does, as if that were all.
-struct Fed(TaskHandle<()>);
+/// Ends when its task does, as if that were all; or in a last piece that says so.
+struct Fed {
+    task: TaskHandle<()>,
+    last: Option<Bytes>,
+    is_over: bool,
+}
+
+impl Fed {
+    const fn by(task: TaskHandle<()>) -> Self {
+        Self { task, last: None, is_over: false }
+    }
+}
 
 impl Body for Fed {
     type Data = Bytes;
@@ -134,7 +144,14 @@ impl Body for Fed {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        Pin::new(&mut self.0).poll(cx).map(|_| None)
+        Pin::new(&mut self.task).poll(cx).map(|_| {
+            self.is_over = true;
+            self.last.take().map(|last| Ok(Frame::data(last)))
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.is_over
     }
 }
 
@@ -157,16 +174,19 @@ async fn what_is_made_of_the_end_of_the_tasks_is_not_the_answer() {
         assert_eq!(response.await.unwrap().status(), 504);
     }
 
-    let service = layer
-        .layer(service_fn(|_: Request<()>| async { Ok::<_, Broken>(Response::new(Fed(start()))) }));
-    let mut body = Box::pin(service.oneshot(Request::new(())).await.unwrap().into_body());
-    assert!(poll_once(pin!(body.frame())).is_pending());
-    advance(secs(3)).await;
-    settle().await;
-    assert_eq!(tasks.len(), 0);
-    let error = body.frame().await.unwrap().unwrap_err();
-    assert!(matches!(error, BodyError::Stopped(Stopped::TimedOut)));
-    assert!(body.frame().await.is_none());
+    for last in [None, Some(Bytes::from_static(b"]"))] {
+        let service = layer.layer(service_fn(|_: Request<()>| async {
+            Ok::<_, Broken>(Response::new(Fed { last: last.clone(), ..Fed::by(start()) }))
+        }));
+        let mut body = Box::pin(service.oneshot(Request::new(())).await.unwrap().into_body());
+        assert!(poll_once(pin!(body.frame())).is_pending());
+        advance(secs(3)).await;
+        settle().await;
+        assert_eq!(tasks.len(), 0);
+        let error = body.frame().await.unwrap().unwrap_err();
+        assert!(matches!(error, BodyError::Stopped(Stopped::TimedOut)));
+        assert!(body.frame().await.is_none());
+    }
 
     let service = layer.plain().layer(service_fn(|(): ()| async {
         outcome(start()).await;
@@ -178,7 +198,24 @@ async fn what_is_made_of_the_end_of_the_tasks_is_not_the_answer() {
     settle().await;
     let error = response.await.unwrap_err();
     assert!(matches!(error, CallError::Stopped(Stopped::TimedOut)));
-    assert_ledger(&tasks, "cancelled 4");
+    assert_ledger(&tasks, "cancelled 5");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deadline_fails_its_response_whosever_the_tasks_are() {
+    let [outer, inner] = [(); 2].map(|()| TaskRegistry::new().at_end(AtEnd::Cancel));
+    let layers = (TaskSetLayer::new(&outer).deadline(secs(3)), TaskSetLayer::new(&inner));
+    let service = layers.layer(service_fn(|_: Request<()>| async {
+        let task = TaskSet::current().unwrap().spawn("task", forever()).unwrap();
+        assert_eq!(outcome(task).await, Yield::Cancelled(Cause::TimedOut));
+        Ok::<_, Broken>(Response::new(Empty::<Bytes>::new()))
+    }));
+    let mut response = Box::pin(service.oneshot(Request::new(())));
+    assert!(poll_once(response.as_mut()).is_pending());
+    advance(secs(3)).await;
+    settle().await;
+    assert_ledger(&inner, "cancelled 1");
+    assert_eq!(response.await.unwrap().status(), 504);
 }
 
 #[tokio::test(start_paused = true)]

@@ -108,6 +108,10 @@ impl Visit for Fields {
 }
 
 /// What this thread logs meanwhile.
+pub(crate) fn events_so_far() -> usize {
+    RECORDING.with_borrow(|recording| recording.as_ref().map_or(0, |it| it.events.len()))
+}
+
 pub(crate) fn events_of(f: impl FnOnce()) -> Vec<Logged> {
     recorded(Recording::default(), f).events
 }

@@ -1,7 +1,15 @@
-use std::pin::pin;
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    task::{Context, Poll, Wake},
+};
 
 use bytes::Bytes;
 use http::{Request, Response, Version};
+use http_body::Body;
 use http_body_util::{BodyExt, Empty};
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task::spawn};
 use tower::{Layer, ServiceExt, service_fn};
@@ -11,8 +19,12 @@ use tower_task_set::{
     TaskSetLayer,
 };
 
-use crate::support::{
-    Broken, COMPLETED, OnDrop, Script, Yield, assert_ledger, forever, gate, outcome, serve, settle,
+use crate::{
+    log::{events_of, events_so_far},
+    support::{
+        Broken, COMPLETED, OnDrop, Script, Yield, assert_ledger, current_thread, forever, gate,
+        outcome, serve, settle,
+    },
 };
 
 fn hurt() -> impl Future<Output = ()> + Send {
@@ -50,6 +62,66 @@ async fn what_a_handler_makes_of_a_panic_that_fails_its_response_is_not_the_answ
         Ok::<_, Broken>(Response::new(Empty::<Bytes>::new()))
     }));
     assert_eq!(service.oneshot(Request::new(())).await.unwrap().status(), 500);
+}
+
+#[test]
+fn the_response_is_told_of_a_panic_before_the_log() {
+    /// Notes how much was logged when it was woken.
+    struct Notes(AtomicUsize);
+    impl Wake for Notes {
+        fn wake(self: Arc<Self>) {
+            self.0.store(events_so_far(), SeqCst);
+        }
+    }
+    struct Hurts;
+    impl Drop for Hurts {
+        fn drop(&mut self) {
+            panic!("it hurts");
+        }
+    }
+    for in_drop in [false, true] {
+        let notes = Arc::new(Notes(AtomicUsize::new(usize::MAX)));
+        let events = events_of(|| {
+            current_thread().block_on(async {
+                let layer = TaskSetLayer::new(&TaskRegistry::new());
+                let mut served = serve(&layer.on_panic(OnPanic::FailResponse));
+                let waker = notes.clone().into();
+                let mut context = Context::from_waker(&waker);
+                assert!(served.body.as_mut().poll_frame(&mut context).is_pending());
+                if in_drop {
+                    let hurts = Hurts;
+                    let task = std::future::poll_fn(move |_| {
+                        let _hurts = &hurts;
+                        Poll::Ready(())
+                    });
+                    served.set.spawn("task", task).unwrap();
+                } else {
+                    served.set.spawn("task", hurt()).unwrap();
+                }
+                settle().await;
+            });
+        });
+        assert_eq!((events.len(), notes.0.load(SeqCst)), (1, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_does_nothing_to_a_response_that_is_over_though_its_set_is_held() {
+    let tasks = TaskRegistry::new();
+    let layer = TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse);
+    let (sets, received) = std::sync::mpsc::channel();
+    let service = layer.layer(service_fn(move |_: Request<()>| {
+        let set = TaskSet::current().unwrap();
+        sets.send((set.hold(), set)).unwrap();
+        async { Ok::<_, Broken>(Response::new(Script::on_drop(|| ()))) }
+    }));
+    let request = Request::head("/").body(()).unwrap();
+    let mut body = spawn(service.oneshot(request).await.unwrap().into_body());
+    let (_hold, set) = received.recv().unwrap();
+    set.spawn("task", hurt()).unwrap();
+    settle().await;
+    assert_ledger(&tasks, "panicked 1");
+    assert_pending!(body.enter(|cx, body| body.poll_frame(cx)));
 }
 
 #[tokio::test]

@@ -39,7 +39,7 @@ pub(crate) fn cause(end: End) -> Cause {
 pub(crate) struct Served<B: Body = ResponseBody<Script>> {
     /// The set that was current in the handler.
     pub(crate) set: TaskSet,
-    body: Pin<Box<B>>,
+    pub(crate) body: Pin<Box<B>>,
     script: mpsc::Sender<Step>,
 }
 
