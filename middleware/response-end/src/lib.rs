@@ -553,8 +553,8 @@ impl<F, W: Watch, P> ResponseFuture<F, W, P> {
         Self { inner: Some(inner), watched: Some(watched), protocol: PhantomData }
     }
 
-    /// Ends it in place of what it has yielded, if that: it is not polled again. With the dialect
-    /// to say so in.
+    /// Ends it, and drops what it has yielded: it is not polled again. Yields the dialect to say so
+    /// in.
     #[cold]
     #[inline(never)]
     fn stop<O>(self: Pin<&mut Self>, output: O, end: End) -> Dialect {
@@ -806,8 +806,8 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
             let len = frame.data_ref().map_or(0, Buf::remaining);
             watched.left = watched.left.saturating_sub(u64::try_from(len).unwrap_or(u64::MAX));
         }
-        // The last data pass, by the length that was told. Their own body's word is asked about as
-        // any end of it is: that may be what it makes of being told to end.
+        // The last data pass, by the length that was told. The body's word that they are the last is
+        // one of its own ends, which may come too late.
         if watched.left > 0 || frame.is_pending() {
             let is_to_come = is_data && !at_end || frame.is_pending();
             if let Poll::Ready((end, reason)) = ask(&mut watched.watch, cx, is_to_come) {
