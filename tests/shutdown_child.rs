@@ -22,7 +22,9 @@ use http_body_util::Full;
 use tokio::time::sleep;
 use tower::{Service, ServiceBuilder, service_fn};
 use tower_response_end::hold;
-use tower_tasks::{AtEnd, Shutdown, TaskRegistry, TaskSet, TaskSetLayer, shutdown::RunError};
+use tower_tasks::{
+    AtEnd, Report, Shutdown, TaskRegistry, TaskSet, TaskSetLayer, shutdown::RunError,
+};
 use tracing_subscriber::{
     layer::{Context, SubscriberExt},
     util::SubscriberInitExt,
@@ -87,8 +89,7 @@ async fn run(what: &str, budget: Duration) {
             drop(shutdown);
             // So long the thread that has heard the signal could end the process.
             sleep(SOON).await;
-            println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
-            report.exit()
+            print_and_exit(report)
         }
         "many_gone" => {
             for _ in 0..20 {
@@ -112,8 +113,7 @@ async fn run(what: &str, budget: Duration) {
             ready();
             signalled.await;
             let report = shutdown.finish().await;
-            println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
-            report.exit()
+            print_and_exit(report)
         }
         "destructor_of_the_server" => {
             struct Blocks;
@@ -164,6 +164,10 @@ async fn run(what: &str, budget: Duration) {
 
 async fn serve(what: &str, shutdown: &Shutdown) {
     let report = shutdown.run(server(shutdown, what == "by_itself")).await.expect("it serves");
+    print_and_exit(report)
+}
+
+fn print_and_exit(report: Report) -> ! {
     println!("{}", serde_json::to_string(&report).expect("a report is JSON"));
     report.exit()
 }

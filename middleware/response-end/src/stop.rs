@@ -24,8 +24,10 @@ pub trait Stop: Watch {
     /// it should cost next to nothing while nothing is to end. Once ready, it stays so.
     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped>;
 
-    /// The same when the future is ready, or the body has come to an end of its own: whether that
-    /// came too late, and is not to be passed on.
+    /// The same when the future is ready, or the body has come to an end of its own or says that it
+    /// is at one: whether that came too late. What was yielded is dropped then, in scope, and the
+    /// response ends as if it had been stopped before. Data that fill an announced length are never
+    /// too late.
     ///
     /// For who does more to end a response than to say so here, such as to cancel what it waits for:
     /// what the inner service makes of that is not its answer.

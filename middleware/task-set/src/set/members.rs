@@ -112,16 +112,10 @@ impl Clock {
         if !self.is_set {
             self.used += 1;
             if self.used >= 8 || live <= 8 {
-                self.set(born, Instant::now());
+                *self = Self { ticks: ticks_of(born.elapsed()), used: 0, is_set: true };
             }
         }
         self.ticks
-    }
-
-    #[inline]
-    fn set(&mut self, born: Instant, now: Instant) {
-        let ticks = ticks_of(now.saturating_duration_since(born));
-        *self = Self { ticks, used: 0, is_set: true };
     }
 }
 

@@ -130,12 +130,6 @@ struct Fed {
     is_over: bool,
 }
 
-impl Fed {
-    const fn by(task: TaskHandle<()>) -> Self {
-        Self { task, last: None, is_over: false }
-    }
-}
-
 impl Body for Fed {
     type Data = Bytes;
     type Error = Broken;
@@ -176,7 +170,8 @@ async fn what_is_made_of_the_end_of_the_tasks_is_not_the_answer() {
 
     for last in [None, Some(Bytes::from_static(b"]"))] {
         let service = layer.layer(service_fn(|_: Request<()>| async {
-            Ok::<_, Broken>(Response::new(Fed { last: last.clone(), ..Fed::by(start()) }))
+            let body = Fed { task: start(), last: last.clone(), is_over: false };
+            Ok::<_, Broken>(Response::new(body))
         }));
         let mut body = Box::pin(service.oneshot(Request::new(())).await.unwrap().into_body());
         assert!(poll_once(pin!(body.frame())).is_pending());

@@ -107,11 +107,12 @@ impl Visit for Fields {
     }
 }
 
-/// What this thread logs meanwhile.
+/// How many of [`events_of`] there are by now.
 pub(crate) fn events_so_far() -> usize {
     RECORDING.with_borrow(|recording| recording.as_ref().map_or(0, |it| it.events.len()))
 }
 
+/// What this thread logs meanwhile.
 pub(crate) fn events_of(f: impl FnOnce()) -> Vec<Logged> {
     recorded(Recording::default(), f).events
 }
