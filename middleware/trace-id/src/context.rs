@@ -97,7 +97,8 @@ impl TraceContext {
         }
     }
 
-    /// The trace: the same in the request, its tasks and its calls.
+    /// The trace: the same in the request, its tasks and its calls, unless
+    /// [a hook](OnSpan::on_span) has another for a call.
     pub fn trace_id(&self) -> TraceId {
         self.trace_id
     }
@@ -220,14 +221,26 @@ impl TraceContext {
         let Some(on_span) = self.on_span.clone().filter(|_| !span.is_disabled()) else { return };
         if let Some(ids) = on_span.call(span, self) {
             if ids.trace_id != self.trace_id {
-                // Of a trace that goes on, what the caller said of it counts.
-                self.random = ids.random;
+                self.leave(ids);
+                span.record("linked_trace_id", self.link.map(|link| display(link.trace_id)));
             }
-            self.trace_id = ids.trace_id;
             self.span_id = ids.parent_id.into();
             self.sampled = ids.sampled;
+            self.debug &= ids.sampled;
         }
         self.record(span);
+    }
+
+    /// Leaves the trace for that of `ids`: what was said of the one does not hold for the other.
+    fn leave(&mut self, ids: TraceParent) {
+        let parent =
+            self.parent_id.take().map(|parent_id| TraceParent::new(self.trace_id, parent_id));
+        let parent = parent.map(|parent| parent.flags(self.sampled, self.random));
+        self.link = parent.or(self.link);
+        self.trace_id = ids.trace_id;
+        self.random = ids.random;
+        self.debug = false;
+        self.state = TraceState::default();
     }
 
     fn record(&self, span: &Span) {
@@ -342,7 +355,9 @@ pub trait OnSpan: Send + Sync + 'static {
     /// [`parent_id`](TraceContext::parent_id) and [`link`](TraceContext::link).
     ///
     /// What comes back are the ids that the tracing system has given to the span; `None` keeps
-    /// those of `context`. The trace id of a task stays that of its request.
+    /// those of `context`. The trace id of a task stays that of its request. Where it is another for
+    /// a request or a call, that is linked to what would have been its parent, and has no
+    /// [state](TraceContext::trace_state) of the caller's.
     fn on_span(&self, span: &Span, context: &TraceContext) -> Option<TraceParent>;
 }
 

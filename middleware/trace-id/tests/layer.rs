@@ -1156,6 +1156,31 @@ async fn a_hook_may_keep_the_ids_and_may_panic() {
 }
 
 #[tokio::test]
+async fn what_the_caller_says_does_not_follow_a_request_into_another_trace() {
+    let recorder = Recorder::default();
+    let _installed = recorder.install();
+    let other = "e".repeat(32);
+    let hook = move |_: &Span, _: &TraceContext| Some(theirs(&other, 7));
+    let headers = [("traceparent", SAMPLED), ("tracestate", "vendor=its")];
+    let layer = TraceIdLayer::new().trust(Trust::Continue).on_span(hook);
+    let (context, _) = serve(layer, request(&headers)).await;
+    assert_eq!(context.trace_id().to_string(), "e".repeat(32));
+    assert_eq!((context.parent_id(), context.trace_state().as_str()), (None, ""));
+    let link = context.link().unwrap();
+    assert_eq!(link.to_string(), SAMPLED, "the caller, to link to");
+    assert_eq!(recorder.span("request").fields["linked_trace_id"], TRACE);
+    // Nor does that it is to be debugged, or if it is not even recorded.
+    for (trace, sampled) in [("e".repeat(32), true), (TRACE.to_owned(), false)] {
+        let ids = theirs(&trace, 7).flags(sampled, false);
+        let hook = move |_: &Span, _: &TraceContext| Some(ids);
+        let layer = TraceIdLayer::new().trust(Trust::Continue).on_span(hook);
+        let b3 = format!("{TRACE}-b7ad6b7169203331-d");
+        let (context, _) = serve(layer, request(&[("b3", &b3)])).await;
+        assert_eq!((context.is_sampled(), context.is_debug()), (sampled, false));
+    }
+}
+
+#[tokio::test]
 async fn a_hook_does_not_invent_the_random_flag_of_others() {
     let recorder = Recorder::default();
     let _installed = recorder.install();
