@@ -54,7 +54,7 @@
 //! |---|---|---|
 //! | settle | with the first signal, [`begin`](Shutdown::begin), or the end of the server | [`is_ready`](ShutdownWatch::is_ready) is false; all is served as before |
 //! | drain | after the [settle delay](Shutdown::settle), none by default | the server stops accepting; work outside of requests is refused; [`draining`](ShutdownWatch::draining) is ready |
-//! | cancel | the [grace](Shutdown::grace) before the deadline | requests end: 503 or gRPC status 14 before the head, an error or trailers after it. Tasks are told to end, for [`Cause::Shutdown`](tower_task_set::Cause::Shutdown); what requests make of that comes too late. No spawn and no request is accepted |
+//! | cancel | the [grace](Shutdown::grace) before the deadline | requests end: 503 with Retry-After or gRPC status 14 before the head, an error or trailers after it. Tasks are told to end, for [`Cause::Shutdown`](tower_task_set::Cause::Shutdown); what requests make of that comes too late. No spawn and no request is accepted |
 //! | abort | at the deadline | graceful tasks have no grace any more |
 //! | over | 100 ms later, or up to a second while requests and tasks become fewer | the report; the server is dropped |
 //!
@@ -81,7 +81,10 @@
 //! - No host has a bound for the HTTP/2 handshake: a client that sends the preface and no SETTINGS
 //!   holds a graceful server open. `run` returns at the deadline all the same.
 //! - axum's `on_upgrade` runs the socket on a task that nobody waits for: take a
-//!   [hold](tower_response_end::hold) in the handler, or spawn into the `TaskSet`.
+//!   [hold](tower_task_set::TaskSet::hold) in the handler, and let the socket have it. Or spawn what
+//!   serves the socket into the `TaskSet`, to be kept.
+//! - hyper resolves the upgrade even of a request that was answered otherwise: where a 101 comes too
+//!   late, what would serve the socket runs all the same.
 //!
 //! # Kubernetes
 //!

@@ -113,7 +113,8 @@ pub struct Requests {
     pub later: u64,
     /// Came too late and were refused.
     pub refused: u64,
-    /// Came to their end by themselves, or were left by their client.
+    /// Came to their end by themselves, or were left by their client; or were let go by all who
+    /// held them, be it by a task that is among the forced.
     pub completed: u64,
     /// Were ended at the deadline.
     pub ended: u64,

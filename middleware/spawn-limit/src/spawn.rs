@@ -40,7 +40,7 @@ where
 
 /// As [`spawn`], but if a limit is full it waits for a permit at most so long.
 ///
-/// It gives up when the request is over that it was called in. Code that runs in a task with a
+/// While it waits, it gives up when the request is over that it was called in. Code that runs in a task with a
 /// permit is refused at once, as with `spawn`: see [`Level`].
 ///
 /// Choose the time by how long the caller can still use the result; what the queue then holds is
@@ -48,7 +48,7 @@ where
 ///
 /// # Errors
 ///
-/// As [`spawn`]; and [`Closed`](SpawnError::Closed) if the request has ended meanwhile.
+/// As [`spawn`]; and [`Closed`](SpawnError::Closed) if it waits and the request is over.
 ///
 /// # Cancel safety
 ///
