@@ -41,7 +41,8 @@ impl Scope {
 /// [Upgrades](crate#upgrades).
 ///
 /// `None` outside of a layer that can be held. A hold that is taken when the response is over
-/// holds nothing.
+/// holds nothing. A task set is not held by it: that is to be asked for one, which holds the
+/// response too.
 pub fn hold() -> Option<Hold> {
     let Scope::Inside(holds) = Scope::Outside.replace() else {
         return None;

@@ -21,8 +21,9 @@
 //! | R8 | either panics, or the response carries the [`Panic`] that it answers to | `Panicked` |
 //! | R9 | either is dropped before any of these | `Disconnected` |
 //!
-//! A layer that may [end](#ending-a-response) a response tells which end that is; of what it cuts
-//! short, layers inside see the drop, which is R9.
+//! A layer that may [end](#ending-a-response) a response tells which end that is. Of what it cuts
+//! short, layers inside see the drop, which is R9; and of what comes too late, the end that never
+//! reaches the client. Who commits something on `Completed` is outermost.
 //!
 //! `Completed` means handed to the server's write buffer, not received by the client; a response
 //! with status 500 is as complete as any. With R9 an outer layer may have given up, a timeout for
@@ -71,8 +72,8 @@
 //! of one response is its [`Watch`], which is also [`Stop`]: when that says so, the inner future or
 //! body is dropped, in scope, and the client is told. Before the head it gets an answer instead, a
 //! problem document or a gRPC status; after it the body ends in an error, or in trailers if the
-//! client speaks gRPC over HTTP/2. What comes to its own end is passed on, unless [`Stop::stopped`]
-//! says that it is too late. The service's future is a [`StoppableFuture`], its body a
+//! client speaks gRPC over HTTP/2. What comes to its own end is passed on, unless
+//! [`Stop::poll_end`] says that it is too late. The service's future is a [`StoppableFuture`], its body a
 //! [`StoppableBody`]. All responses that one event ends share a [`Signal`].
 //!
 //! ```
@@ -147,7 +148,7 @@ use std::{
 };
 
 use bytes::Buf;
-use http::{Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_catch_unwind::{Log, Panic};
@@ -524,6 +525,9 @@ pin_project! {
     }
 }
 
+/// What a response future has yielded, while that may not pass yet.
+type Kept<T> = Option<Box<T>>;
+
 impl<F, W: Watch> ResponseFuture<F, W, Http> {
     /// Watches what comes of `call` with `request`, the call of an HTTP service.
     // Not by a closure that owns the request: that is large, and would be copied.
@@ -582,15 +586,16 @@ where
     #[inline]
     fn poll_or_stop<T, R>(
         mut self: Pin<&mut Self>,
+        kept: &mut Kept<F::Output>,
         cx: &mut Context<'_>,
         wrap: impl FnOnce(ResponseBody<B, W>) -> T,
-        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<(End, R)>,
+        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<Option<(End, R)>>,
         stopped: impl FnOnce(R, Dialect) -> Response<T>,
     ) -> Poll<Result<Response<T>, E>> {
         let mut this = self.as_mut().project();
         let watched = this.watched.as_mut().expect("polled after it was ready");
         let inside = Inside::enter(watched);
-        let output = this.inner.as_mut().as_pin_mut().map_or(Poll::Pending, |inner| inner.poll(cx));
+        let output = poll(this.inner.as_mut(), kept, cx);
         // The body's own code, so in here.
         let (mut over, mut left) = (false, ENDLESS);
         if let Poll::Ready(output) = &output {
@@ -602,9 +607,16 @@ where
         }
         inside.leave();
         watched.look_at_upload(cx);
-        if let Poll::Ready((end, reason)) = ask(&mut watched.watch, cx, output.is_pending()) {
-            let dialect = self.stop(output, end);
-            return Poll::Ready(Ok(stopped(reason, dialect)));
+        match ask(&mut watched.watch, cx, output.is_pending()) {
+            Poll::Ready(None) => {}
+            Poll::Ready(Some((end, reason))) => {
+                let dialect = self.stop(output, end);
+                return Poll::Ready(Ok(stopped(reason, dialect)));
+            }
+            Poll::Pending => {
+                keep(kept, output);
+                return Poll::Pending;
+            }
         }
         let end = match &output {
             Poll::Pending => return Poll::Pending,
@@ -626,7 +638,7 @@ where
         }
         let watched = this.watched.take();
         output.map_ok(|response| {
-            response.map(|body| wrap(ResponseBody { inner: Some(body), watched }))
+            response.map(|body| wrap(ResponseBody { inner: Some(body), trailers: None, watched }))
         })
     }
 }
@@ -640,7 +652,7 @@ where
     type Output = Result<Response<ResponseBody<B, W>>, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.poll_or_stop(cx, convert::identity, never, |never, _| match never {})
+        self.poll_or_stop(&mut None, cx, convert::identity, never, |never, _| match never {})
     }
 }
 
@@ -652,7 +664,7 @@ where
     type Output = Result<T, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.poll_or_stop(cx, convert::identity, never, |never| match never {})
+        self.poll_or_stop(&mut None, cx, convert::identity, never, |never| match never {})
     }
 }
 
@@ -664,22 +676,30 @@ where
     /// As that of an HTTP service.
     fn poll_or_stop<C, R>(
         mut self: Pin<&mut Self>,
+        kept: &mut Kept<F::Output>,
         cx: &mut Context<'_>,
         wrap: impl FnOnce(E) -> C,
-        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<(End, R)>,
+        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<Option<(End, R)>>,
         stopped: impl FnOnce(R) -> C,
     ) -> Poll<Result<T, C>> {
         let mut this = self.as_mut().project();
         let watched = this.watched.as_mut().expect("polled after it was ready");
         let inside = Inside::enter(watched);
-        let output = this.inner.as_mut().as_pin_mut().map_or(Poll::Pending, |inner| inner.poll(cx));
+        let output = poll(this.inner.as_mut(), kept, cx);
         if output.is_ready() {
             this.inner.set(None);
         }
         inside.leave();
-        if let Poll::Ready((end, reason)) = ask(&mut watched.watch, cx, output.is_pending()) {
-            self.stop(output, end);
-            return Poll::Ready(Err(stopped(reason)));
+        match ask(&mut watched.watch, cx, output.is_pending()) {
+            Poll::Ready(None) => {}
+            Poll::Ready(Some((end, reason))) => {
+                self.stop(output, end);
+                return Poll::Ready(Err(stopped(reason)));
+            }
+            Poll::Pending => {
+                keep(kept, output);
+                return Poll::Pending;
+            }
         }
         if let Poll::Ready(output) = &output {
             watched.end(if output.is_ok() { End::Completed } else { End::Failed });
@@ -689,9 +709,36 @@ where
     }
 }
 
+/// Polls the inner future, or yields what is kept of it.
+#[inline]
+fn poll<F: Future>(
+    inner: Pin<&mut Option<F>>,
+    kept: &mut Kept<F::Output>,
+    cx: &mut Context<'_>,
+) -> Poll<F::Output> {
+    match inner.as_pin_mut() {
+        Some(inner) => inner.poll(cx),
+        None => take(kept),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn take<T>(kept: &mut Kept<T>) -> Poll<T> {
+    kept.take().map_or(Poll::Pending, |output| Poll::Ready(*output))
+}
+
+#[cold]
+#[inline(never)]
+fn keep<T>(kept: &mut Kept<T>, output: Poll<T>) {
+    if let Poll::Ready(output) = output {
+        *kept = Some(Box::new(output));
+    }
+}
+
 /// Of what ends no response.
-fn never<W>(_: &mut W, _: &mut Context<'_>, _: bool) -> Poll<(End, Infallible)> {
-    Poll::Pending
+fn never<W>(_: &mut W, _: &mut Context<'_>, _: bool) -> Poll<Option<(End, Infallible)>> {
+    Poll::Ready(None)
 }
 
 /// As the number of bytes that are to come: nobody knows. So many never pass.
@@ -718,6 +765,9 @@ pin_project! {
         // `None` only while it is dropped.
         #[pin]
         inner: Option<B>,
+        // Its last frame, while that may not pass yet. Nobody shares it: an `Arc` that is not there
+        // is dropped for less than a `Box`.
+        trailers: Option<Arc<HeaderMap>>,
         // `None` for a default body alone.
         watched: Option<Watched<W>>,
     }
@@ -744,6 +794,8 @@ pin_project! {
 enum Next {
     /// What the inner body does.
     Inner,
+    /// The end that the inner body has come to, when that may pass: the trailers, or nothing.
+    End,
     /// Nothing, by the inner body's own word: what else that says of itself still holds.
     AtEnd,
     /// Nothing: the inner body must not be reached.
@@ -753,24 +805,71 @@ enum Next {
 /// An empty body that nobody watches.
 impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
     fn default() -> Self {
-        Self { inner: Some(B::default()), watched: None }
+        Self { inner: Some(B::default()), trailers: None, watched: None }
     }
 }
 
 impl<B: Body, W: Watch> ResponseBody<B, W> {
-    /// Whether it is at its end, unless that `is_too_late`: then it is polled, and ends otherwise.
+    /// Whether it is at its end and `may_end`: else it is polled, and may end otherwise.
     #[inline]
-    fn is_at_end_unless(&self, is_too_late: impl FnOnce(&W) -> bool) -> bool {
-        let is_at_end = || self.inner.as_ref().is_none_or(Body::is_end_stream);
+    fn is_at_end_if(&self, may_end: impl FnOnce(&W) -> bool) -> bool {
+        let is_at_end =
+            || self.inner.as_ref().is_none_or(Body::is_end_stream) && self.trailers.is_none();
         match &self.watched {
-            Some(watched) if watched.next != Next::Inner => true,
+            Some(watched) if matches!(watched.next, Next::AtEnd | Next::Over) => true,
             Some(watched) => {
-                let is_late = || watched.left > 0 && !watched.ended && is_too_late(&watched.watch);
-                let is_at_end = is_at_end() && !is_late();
+                let may_end = || watched.left == 0 || watched.ended || may_end(&watched.watch);
+                let is_at_end = is_at_end() && may_end();
                 watched.is_at_end.store(is_at_end, Relaxed);
                 is_at_end
             }
             None => is_at_end(),
+        }
+    }
+
+    /// Ends it, and drops what it has yielded. Whether the client sees trailers.
+    #[cold]
+    #[inline(never)]
+    fn stop<T>(self: Pin<&mut Self>, frame: T, end: End) -> bool {
+        let mut this = self.project();
+        let Some(watched) = this.watched else { return false };
+        let in_trailers = watched.in_trailers;
+        watched.drop_inner::<(B, T)>(end, || {
+            this.inner.set(None);
+            drop(frame);
+        });
+        *this.watched = None;
+        in_trailers
+    }
+
+    /// Yields the end that the inner body has come to, as [`poll_or_stop`](Self::poll_or_stop).
+    #[cold]
+    #[inline(never)]
+    fn poll_end<E, R>(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<Option<(End, R)>>,
+        stopped: impl FnOnce(R, bool) -> Result<Frame<B::Data>, E>,
+    ) -> Poll<Option<Result<Frame<B::Data>, E>>> {
+        let this = self.as_mut().project();
+        let Some(watched) = this.watched else { return Poll::Ready(None) };
+        watched.look_at_upload(cx);
+        let trailers = this.trailers.take();
+        match ask(&mut watched.watch, cx, false) {
+            Poll::Pending => {
+                *this.trailers = trailers;
+                Poll::Pending
+            }
+            Poll::Ready(Some((end, reason))) => {
+                let in_trailers = self.stop(trailers, end);
+                Poll::Ready(Some(stopped(reason, in_trailers)))
+            }
+            Poll::Ready(None) => {
+                watched.next = Next::Over;
+                watched.end(End::Completed);
+                let trailers = trailers.and_then(Arc::into_inner);
+                Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
+            }
         }
     }
 
@@ -780,21 +879,29 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
     // A frame is made in one go, as a response is.
     #[inline]
     fn poll_or_stop<E, R>(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         wrap: impl FnOnce(B::Error) -> E,
-        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<(End, R)>,
+        ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<Option<(End, R)>>,
         stopped: impl FnOnce(R, bool) -> Result<Frame<B::Data>, E>,
     ) -> Poll<Option<Result<Frame<B::Data>, E>>> {
-        let mut this = self.project();
+        match self.watched.as_ref().map(|watched| watched.next) {
+            Some(Next::Inner) | None => {}
+            Some(Next::End) => return self.poll_end(cx, ask, stopped),
+            Some(Next::AtEnd | Next::Over) => {
+                if let Some(watched) = self.project().watched {
+                    watched.next = Next::Over;
+                }
+                return Poll::Ready(None);
+            }
+        }
+        let mut this = self.as_mut().project();
         let Some(mut inner) = this.inner.as_mut().as_pin_mut() else { return Poll::Ready(None) };
         let Some(watched) = this.watched else {
             return inner.poll_frame(cx).map_err(wrap);
         };
-        // `Over` stays so if the inner body panics.
-        if mem::replace(&mut watched.next, Next::Over) != Next::Inner {
-            return Poll::Ready(None);
-        }
+        // It stays so if the inner body panics.
+        watched.next = Next::Over;
         *watched.is_at_end.get_mut() = false;
         let inside = Inside::enter(watched);
         let frame = inner.as_mut().poll_frame(cx);
@@ -808,16 +915,16 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
         }
         // The last data pass, by the length that was told. The body's word that they are the last is
         // one of its own ends, which may come too late.
+        let mut is_held = false;
         if watched.left > 0 || frame.is_pending() {
             let is_to_come = is_data && !at_end || frame.is_pending();
-            if let Poll::Ready((end, reason)) = ask(&mut watched.watch, cx, is_to_come) {
-                let in_trailers = watched.in_trailers;
-                watched.drop_inner::<(B, B::Data, B::Error)>(end, || {
-                    this.inner.set(None);
-                    drop(frame);
-                });
-                *this.watched = None;
-                return Poll::Ready(Some(stopped(reason, in_trailers)));
+            match ask(&mut watched.watch, cx, is_to_come) {
+                Poll::Ready(None) => {}
+                Poll::Ready(Some((end, reason))) => {
+                    let in_trailers = self.stop(frame, end);
+                    return Poll::Ready(Some(stopped(reason, in_trailers)));
+                }
+                Poll::Pending => is_held = true,
             }
         }
         // Taken out and put in again, for trailers are three times as large.
@@ -826,21 +933,35 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
                 watched.next = Next::Inner;
                 Poll::Pending
             }
+            Poll::Ready(None) if is_held => {
+                watched.next = Next::End;
+                Poll::Pending
+            }
             Poll::Ready(None) => {
                 watched.end(End::Completed);
                 Poll::Ready(None)
             }
+            // It has failed in any case.
             Poll::Ready(Some(Err(error))) => {
                 watched.end(End::Failed);
                 Poll::Ready(Some(Err(wrap(error))))
             }
             Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                 Ok(data) => {
-                    watched.next = if at_end { Next::AtEnd } else { Next::Inner };
-                    if at_end {
+                    watched.next = match (at_end, is_held) {
+                        (false, _) => Next::Inner,
+                        (true, false) => Next::AtEnd,
+                        (true, true) => Next::End,
+                    };
+                    if watched.next == Next::AtEnd {
                         watched.end(End::Completed);
                     }
                     Poll::Ready(Some(Ok(Frame::data(data))))
+                }
+                Err(frame) if is_held => {
+                    *this.trailers = frame.into_trailers().ok().map(Arc::new);
+                    watched.next = Next::End;
+                    Poll::Pending
                 }
                 Err(frame) => {
                     watched.end(End::Completed);
@@ -863,7 +984,7 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.is_at_end_unless(|_| false)
+        self.is_at_end_if(|_| true)
     }
 
     fn size_hint(&self) -> SizeHint {

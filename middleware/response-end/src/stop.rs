@@ -2,7 +2,7 @@ use std::{
     error::Error,
     fmt, mem,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use pin_project_lite::pin_project;
 use tower_catch_unwind::Panic;
 use tower_request_context::{Answer, Dialect};
 
-use crate::{Asked, End, Http, Plain, ResponseBody, ResponseFuture, Watch};
+use crate::{Asked, End, Http, Kept, Plain, ResponseBody, ResponseFuture, Watch};
 
 /// A [`Watch`] that may end the response that it watches, before its end.
 ///
@@ -24,27 +24,41 @@ pub trait Stop: Watch {
     /// it should cost next to nothing while nothing is to end. Once ready, it stays so.
     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped>;
 
-    /// The same when the future is ready, or the body has come to an end of its own or says that it
-    /// is at one: whether that came too late. What was yielded is dropped then, in scope, and the
-    /// response ends as if it had been stopped before. Data that fill an announced length are never
-    /// too late.
+    /// The same when the future is ready, or the body has come to an end of its own: whether that
+    /// came too late. What was yielded is dropped then, in scope, and the response ends as if it had
+    /// been stopped before. If it is not known yet, the end is held back until it is, and `cx` woken.
+    /// Data that fill an announced length are never too late.
     ///
     /// For who does more to end a response than to say so here, such as to cancel what it waits for:
     /// what the inner service makes of that is not its answer.
-    fn stopped(&self) -> Option<Stopped> {
-        None
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Option<Stopped>> {
+        let _ = cx;
+        Poll::Ready(None)
+    }
+
+    /// Whether [`poll_end`](Self::poll_end) would let it end now. Asked when the body says that it is
+    /// at its end: if not, it is polled for that.
+    fn may_end(&self) -> bool {
+        true
     }
 }
 
 /// Asks it, while more `is_to_come` or when the inner future or body has come to its own end.
 #[inline]
-fn ask<W: Stop>(watch: &mut W, cx: &mut Context<'_>, is_to_come: bool) -> Poll<(End, Stopped)> {
+fn ask<W: Stop>(
+    watch: &mut W,
+    cx: &mut Context<'_>,
+    is_to_come: bool,
+) -> Poll<Option<(End, Stopped)>> {
     let stopped = if is_to_come {
-        watch.poll_stop(cx)
+        match watch.poll_stop(cx) {
+            Poll::Ready(stopped) => Some(stopped),
+            Poll::Pending => None,
+        }
     } else {
-        watch.stopped().map_or(Poll::Pending, Poll::Ready)
+        ready!(watch.poll_end(cx))
     };
-    stopped.map(|stopped| (stopped.end(), stopped))
+    Poll::Ready(stopped.map(|stopped| (stopped.end(), stopped)))
 }
 
 /// Why a layer has ended a response before its end.
@@ -55,7 +69,7 @@ pub enum Stopped {
     TimedOut,
     /// Something that belongs to it has panicked. Before the head: 500, gRPC status 13.
     Panicked(Panic),
-    /// The server is shutting down. Before the head: 503, gRPC status 14.
+    /// The server is shutting down. Before the head: 503 with Retry-After, gRPC status 14.
     Shutdown,
 }
 
@@ -78,7 +92,10 @@ impl Stopped {
                 Answer::new(StatusCode::INTERNAL_SERVER_ERROR, 13, "internal error")
             }
             Self::Shutdown => {
-                Answer::new(StatusCode::SERVICE_UNAVAILABLE, 14, "the server is shutting down")
+                let answer =
+                    Answer::new(StatusCode::SERVICE_UNAVAILABLE, 14, "the server is shutting down");
+                // From another server, or the next of this one.
+                answer.retry_after(1)
             }
         }
     }
@@ -111,18 +128,43 @@ impl Error for Stopped {}
 
 pin_project! {
     /// Response future of a layer that may [end](Stop) the response.
-    #[derive(Debug)]
     #[must_use = "futures do nothing unless polled"]
     pub struct StoppableFuture<F, W, P = Http>
     where
+        F: Future,
         W: Watch,
     {
         #[pin]
         inner: ResponseFuture<F, W, P>,
+        kept: Kept<F::Output>,
+    }
+
+    impl<F, W, P> PinnedDrop for StoppableFuture<F, W, P>
+    where
+        F: Future,
+        W: Watch,
+    {
+        fn drop(this: Pin<&mut Self>) {
+            let this = this.project();
+            if let Some(output) = this.kept.take() {
+                this.inner.stop(output, End::Disconnected);
+            }
+        }
     }
 }
 
-impl<F, W: Watch> StoppableFuture<F, W, Http> {
+impl<F, W, P> fmt::Debug for StoppableFuture<F, W, P>
+where
+    F: Future + fmt::Debug,
+    W: Watch + fmt::Debug,
+    P: fmt::Debug,
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StoppableFuture").field("inner", &self.inner).finish_non_exhaustive()
+    }
+}
+
+impl<F: Future, W: Watch> StoppableFuture<F, W, Http> {
     /// Watches what comes of `call` with `request`, the call of an HTTP service, until `watch` ends
     /// it. `dialect` is that of the request: it is answered in it.
     #[inline]
@@ -134,15 +176,15 @@ impl<F, W: Watch> StoppableFuture<F, W, Http> {
         call: impl FnOnce(R) -> F,
     ) -> Self {
         let asked = Asked { dialect, ..asked };
-        Self { inner: ResponseFuture::new(watch, asked, request, call) }
+        Self { inner: ResponseFuture::new(watch, asked, request, call), kept: None }
     }
 }
 
-impl<F, W: Watch> StoppableFuture<F, W, Plain> {
+impl<F: Future, W: Watch> StoppableFuture<F, W, Plain> {
     /// Watches what comes of `call` with `request`, the call of any other service, until `watch`
     /// ends it.
     pub fn plain<R>(watch: W, request: R, call: impl FnOnce(R) -> F) -> Self {
-        Self { inner: ResponseFuture::plain(watch, request, call) }
+        Self { inner: ResponseFuture::plain(watch, request, call), kept: None }
     }
 }
 
@@ -155,7 +197,8 @@ where
     type Output = Result<Response<StoppableBody<B, W>>, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.project().inner.poll_or_stop(cx, StoppableBody::of, ask, |stopped, dialect| {
+        let this = self.project();
+        this.inner.poll_or_stop(this.kept, cx, StoppableBody::of, ask, |stopped, dialect| {
             stopped.response(dialect).map(StoppableBody::answer)
         })
     }
@@ -169,7 +212,8 @@ where
     type Output = Result<T, CallError<E>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.project().inner.poll_or_stop(cx, CallError::Inner, ask, CallError::Stopped)
+        let this = self.project();
+        this.inner.poll_or_stop(this.kept, cx, CallError::Inner, ask, CallError::Stopped)
     }
 }
 
@@ -248,7 +292,7 @@ where
 
     fn is_end_stream(&self) -> bool {
         match &self.state {
-            State::Inner { body } => body.is_at_end_unless(|watch| watch.stopped().is_some()),
+            State::Inner { body } => body.is_at_end_if(W::may_end),
             State::Answer { bytes } => bytes.is_empty(),
         }
     }

@@ -92,6 +92,38 @@ fn an_answer_that_comes_too_late_is_not_passed_on() {
 }
 
 #[test]
+fn an_answer_is_held_back_until_it_is_known_whether_it_comes_too_late() {
+    for (answer, too_late) in [(Ok(()), false), (Ok(()), true), (Err(()), false), (Err(()), true)] {
+        let test = Test::new(Stopped::TimedOut);
+        test.is_undecided.set(true);
+        let was_ok = answer.is_ok();
+        let answer = answer.map(|()| Response::new(Script::new(&test, []))).map_err(|()| "broken");
+        let mut response = test.call(&get(), ready(answer));
+        let before = test.seen();
+        for _ in 0..2 {
+            assert_pending!(response.poll());
+        }
+        assert_eq!(test.seen(), before);
+        test.decide(too_late);
+        match assert_ready!(response.poll()) {
+            Ok(response) => assert_eq!(response.status(), if too_late { 504 } else { 200 }),
+            Err(error) => assert_eq!((error, was_ok, too_late), ("broken", false, false)),
+        }
+        let ended = test.seen().contains(&Seen::Ended(TimedOut));
+        assert_eq!(ended, too_late);
+    }
+    // Dropped meanwhile, in scope.
+    let test = Test::new(Stopped::TimedOut);
+    test.is_undecided.set(true);
+    let answer = Answer::Ok(Response::new(Script::new(&test, [])));
+    let mut response = test.call(&get(), ready(answer));
+    assert_pending!(response.poll());
+    drop(response);
+    let end = Disconnected;
+    assert_eq!(test.seen(), [Seen::BeforeDrop(end), Seen::Dropped, Seen::Ended(end)]);
+}
+
+#[test]
 fn an_error_of_the_service_passes_unchanged() {
     let test = Test::new(Stopped::TimedOut);
     let mut response = test.call(&get(), ready(Err::<Response<Script>, _>("broken")));
@@ -286,6 +318,59 @@ fn an_end_of_a_body_that_comes_too_late_is_not_passed_on() {
 }
 
 #[test]
+fn an_end_of_a_body_is_held_back_until_it_is_known_whether_it_comes_too_late() {
+    for (trailers, told, too_late) in [
+        (false, false, false),
+        (false, false, true),
+        (true, false, false),
+        (true, false, true),
+        (false, true, false),
+        (false, true, true),
+    ] {
+        let test = Test::new(Stopped::TimedOut);
+        let script = Script::new(&test, [Some("a")]);
+        let script = Script { trailers, tells_its_end: told, ..script };
+        let mut body = test.body(&get(), script);
+        let mut next = || body.enter(|cx, body| body.poll_frame(cx));
+        test.is_undecided.set(true);
+        assert_eq!(data(next()), "a", "data pass");
+        for _ in 0..2 {
+            assert_pending!(next());
+        }
+        assert_eq!(test.seen(), []);
+        assert!(!body.is_end_stream(), "it is to be polled");
+        test.decide(too_late);
+        assert_eq!(body.is_end_stream(), told && !too_late);
+        let end = assert_ready!(body.enter(|cx, body| body.poll_frame(cx)));
+        match end {
+            None => assert!(!trailers && !too_late),
+            Some(Ok(frame)) => assert!(frame.is_trailers() && trailers && !too_late),
+            Some(Err(error)) => {
+                assert!(matches!(error, BodyError::Stopped(Stopped::TimedOut)) && too_late);
+            }
+        }
+        let end = if too_late { TimedOut } else { Completed };
+        assert_eq!(test.seen().last(), Some(&Seen::Ended(end)));
+        assert!(assert_ready!(body.enter(|cx, body| body.poll_frame(cx))).is_none());
+    }
+    // An error of its own is a failure in any case.
+    let test = Test::new(Stopped::TimedOut);
+    let mut body = test.body(&get(), Script { fails: true, ..Script::new(&test, []) });
+    test.is_undecided.set(true);
+    let end = assert_ready!(body.enter(|cx, body| body.poll_frame(cx)));
+    assert!(matches!(end, Some(Err(BodyError::Inner("broken")))));
+    assert_eq!(test.seen(), [Seen::Ended(Failed)]);
+    // Dropped meanwhile: the client has not seen the end.
+    let test = Test::new(Stopped::TimedOut);
+    let mut body = test.body(&get(), Script { trailers: true, ..Script::new(&test, []) });
+    test.is_undecided.set(true);
+    assert_pending!(body.enter(|cx, body| body.poll_frame(cx)));
+    drop(body);
+    let end = Disconnected;
+    assert_eq!(test.seen(), [Seen::BeforeDrop(end), Seen::Dropped, Seen::Ended(end)]);
+}
+
+#[test]
 fn a_body_that_is_not_to_be_written_is_ended_if_it_is_polled() {
     let test = Test::new(Stopped::TimedOut);
     let mut body = test.body(&Request::head("/").body(()).unwrap(), Script::new(&test, [None]));
@@ -433,12 +518,12 @@ fn to_wait_costs_no_allocation_once_as_many_have_waited_at_once() {
 // What it costs
 
 #[test]
-fn what_can_be_ended_is_not_larger_than_what_is_only_watched() {
+fn what_can_be_ended_is_at_most_a_pointer_larger_than_what_is_only_watched() {
     type Future = Pending<()>;
     type Inner = Empty<Bytes>;
     assert_eq!(
         size_of::<StoppableFuture<Future, Test>>(),
-        size_of::<ResponseFuture<Future, Test>>()
+        size_of::<ResponseFuture<Future, Test>>() + size_of::<usize>()
     );
     assert_eq!(size_of::<StoppableBody<Inner, Test>>(), size_of::<ResponseBody<Inner, Test>>());
 }
@@ -464,14 +549,16 @@ struct Test {
     inside: Rc<RefCell<bool>>,
     /// What comes to its own end does so too late.
     too_late: Rc<Cell<bool>>,
+    /// That is not known yet.
+    is_undecided: Rc<Cell<bool>>,
 }
 
 impl Test {
     fn new(stopped: Stopped) -> Self {
         let signal = Signal::new();
         let waiter = Rc::new(RefCell::new(signal.waiter()));
-        let (seen, inside, too_late) = Default::default();
-        Self { signal, waiter, stopped, seen, inside, too_late }
+        let (seen, inside, too_late, is_undecided) = Default::default();
+        Self { signal, waiter, stopped, seen, inside, too_late, is_undecided }
     }
 
     fn seen(&self) -> Vec<Seen> {
@@ -482,7 +569,17 @@ impl Test {
         self.seen.borrow_mut().push(seen);
     }
 
-    fn call<F>(&self, request: &Request<()>, future: F) -> task::Spawn<StoppableFuture<F, Self>> {
+    /// From now on it is known whether what ends comes too late.
+    fn decide(&self, too_late: bool) {
+        self.is_undecided.set(false);
+        self.too_late.set(too_late);
+    }
+
+    fn call<F: Future>(
+        &self,
+        request: &Request<()>,
+        future: F,
+    ) -> task::Spawn<StoppableFuture<F, Self>> {
         let (asked, dialect) = (Asked::of(request), Dialect::of(request));
         spawn(StoppableFuture::http(self.clone(), asked, dialect, request, |_| future))
     }
@@ -530,8 +627,17 @@ impl Stop for Test {
         self.waiter.borrow_mut().poll_given(cx).map(|()| self.stopped.clone())
     }
 
-    fn stopped(&self) -> Option<Stopped> {
-        self.too_late.get().then(|| self.stopped.clone())
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Option<Stopped>> {
+        if self.is_undecided.get() {
+            // Anything: who decides wakes it.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Poll::Ready(self.too_late.get().then(|| self.stopped.clone()))
+    }
+
+    fn may_end(&self) -> bool {
+        !self.is_undecided.get() && !self.too_late.get()
     }
 }
 

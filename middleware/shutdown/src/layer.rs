@@ -3,10 +3,7 @@ use std::{
     fmt,
     marker::PhantomData,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -33,6 +30,8 @@ use crate::{
 
 /// Counts the requests in flight, refuses those that come too late, and ends those that are left at
 /// the deadline.
+///
+/// It has one place in a stack: a request that comes through two layers of a shutdown counts twice.
 ///
 /// See the [crate's example](crate#example).
 pub struct ShutdownLayer<P = Http> {
@@ -216,7 +215,10 @@ pin_project! {
     /// Response future of [`CountRequests`].
     #[derive(Debug)]
     #[must_use = "futures do nothing unless polled"]
-    pub struct ResponseFuture<F, P = Http> {
+    pub struct ResponseFuture<F, P = Http>
+    where
+        F: Future,
+    {
         #[pin]
         inner: StoppableFuture<Admitted<F>, InFlight, P>,
         // Over HTTP/2 the host sends a GOAWAY.
@@ -336,7 +338,7 @@ struct InFlight {
     hook: Hook<Leave>,
     /// For the deadline. `None`: it was refused.
     deadline: Option<(Arc<State>, Waiter)>,
-    is_told: AtomicBool,
+    is_told: bool,
 }
 
 impl InFlight {
@@ -349,7 +351,7 @@ impl InFlight {
         Self {
             deadline: admitted.as_ref().map(|(state, _)| (state.clone(), state.ending.waiter())),
             hook: Hook::new(Leave { admitted, was_ended: false }),
-            is_told: AtomicBool::new(false),
+            is_told: false,
         }
     }
 
@@ -370,7 +372,7 @@ impl Watch for InFlight {
     fn before_drop(&mut self, end: End) {
         // Told, it may still have come to its end with what it had ready; and if it is dropped for
         // that, the end may be a panic.
-        if *self.is_told.get_mut() && end == End::Disconnected {
+        if self.is_told && end == End::Disconnected {
             if let Some(leave) = self.hook.get_mut() {
                 leave.was_ended = true;
             }
@@ -387,18 +389,27 @@ impl Stop for InFlight {
     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stopped> {
         if let Some((_, waiter)) = &mut self.deadline {
             ready!(waiter.poll_given(cx));
-            *self.is_told.get_mut() = true;
+            self.is_told = true;
         }
         Poll::Ready(Stopped::Shutdown)
     }
 
     // Tasks are cancelled too, and what waits for them may be ready before this is seen.
-    fn stopped(&self) -> Option<Stopped> {
-        let (state, _) = self.deadline.as_ref().filter(|(state, _)| state.is_cancelled())?;
-        // All of it, before this request's tasks end with it, or they would not be among the forced.
-        state.cancel();
-        self.is_told.store(true, Relaxed);
-        Some(Stopped::Shutdown)
+    fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<Option<Stopped>> {
+        if self.may_end() {
+            return Poll::Ready(None);
+        }
+        if let Some((state, _)) = &self.deadline {
+            // All of it, before this request's tasks end with it, or they would not be among the
+            // forced.
+            state.cancel();
+        }
+        self.is_told = true;
+        Poll::Ready(Some(Stopped::Shutdown))
+    }
+
+    fn may_end(&self) -> bool {
+        self.deadline.as_ref().is_none_or(|(state, _)| !state.is_cancelled())
     }
 }
 

@@ -89,9 +89,10 @@ pub struct Snapshot {
     /// The tasks that live, in no order.
     pub live_tasks: Vec<LiveTask>,
     /// The tasks that a shutdown has ended, in no order: those that were
-    /// [told to end](crate::TaskRegistry::cancel_all) before anything else told them to, and did so
-    /// without coming to their end when the registry was [closed](crate::TaskRegistry::close).
-    /// While it is open, such an end is some end, and is not listed.
+    /// [told to end](crate::TaskRegistry::cancel_all) before anything else told them to, or had time
+    /// left when [all were aborted](crate::TaskRegistry::abort_all), and did not come to their end,
+    /// when the registry was [closed](crate::TaskRegistry::close). While it is open, such an end is
+    /// some end, and is not listed.
     pub forced_tasks: Vec<ForcedTask>,
 }
 

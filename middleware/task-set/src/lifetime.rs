@@ -53,9 +53,10 @@ pub enum OnPanic {
     /// Its response fails: before the head the answer is a 500 or gRPC status 13, after it the body
     /// ends in an error, or in trailers for a gRPC client. When the response is over, nothing.
     ///
-    /// The panic is known when it has unwound the task, which may be too late for a response that
-    /// comes to an end for what the task's destructors did: do not take a closed channel for the
-    /// end of the data. Who awaits the [`TaskHandle`](crate::TaskHandle) has no such end.
+    /// A response that comes to an end of its own while tasks of the set are being polled is held
+    /// back until those polls are over: what has brought the end about, such as a channel that was
+    /// closed, may be a panic that is still unwinding its task. Closures that block are not waited
+    /// for: await the [`TaskHandle`](crate::TaskHandle) of one that feeds the response.
     FailResponse,
 }
 
@@ -98,6 +99,11 @@ impl Policy {
     /// What was chosen for a panic, if anything.
     pub(crate) fn for_panic(&self) -> Option<OnPanic> {
         self.on_panic
+    }
+
+    /// Whether that is to fail the response.
+    pub(crate) fn may_fail(&self) -> bool {
+        self.on_panic == Some(OnPanic::FailResponse)
     }
 
     /// What was chosen for this end, if anything.

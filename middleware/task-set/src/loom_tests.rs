@@ -26,8 +26,8 @@ use tower_spawn_limit::SpawnError;
 use crate::{
     AtEnd, Group, GroupError, OnPanic, StopToken, TaskError, TaskRegistry,
     reaper::Who,
-    set::{Refusal, Set, Ticket},
-    sync::OwnedNotified,
+    set::{Polls, Refusal, Set, Ticket},
+    sync::{self, OwnedNotified},
     task::{Cause, Graceful, Member, Order, Outcome, Tracked},
     task_set::{Choice, Plan, TaskOwner},
     within::admit,
@@ -523,6 +523,63 @@ fn a_panic_that_races_the_end_of_the_response_fails_it_or_is_ignored() {
         failed
     });
     assert_eq!(seen, [false, true]);
+}
+
+#[test]
+fn an_end_that_a_panic_brings_about_is_held_back_until_the_task_is_unwound() {
+    let seen = outcomes(|| {
+        let registry = TaskRegistry::new().on_panic(OnPanic::FailResponse);
+        let set = set(&registry);
+        let member = enter(&set).unwrap();
+        let closed = Arc::new(sync::AtomicBool::new(false));
+        let task = thread::spawn({
+            let (set, closed) = (set.clone(), closed.clone());
+            move || {
+                let round = set.polls.begin();
+                closed.store(true, sync::Ordering::Release);
+                panics(&set, &member);
+                set.end_poll(round);
+            }
+        });
+        let (mut waited, mut failed) = (false, None);
+        if closed.load(sync::Ordering::Acquire) {
+            // One that is not woken would be a hang, which loom reports.
+            failed = block_on(poll_fn(|cx| {
+                let verdict = set.poll_verdict(cx);
+                waited |= verdict.is_pending();
+                verdict
+            }));
+            assert_eq!(failed.as_ref().unwrap().message(), "it hurts");
+        }
+        task.join().unwrap();
+        set.end(End::Panicked);
+        (failed.is_some(), waited)
+    });
+    assert_eq!(seen, [(false, false), (true, false), (true, true)]);
+}
+
+#[test]
+fn an_end_is_held_back_for_the_polls_that_had_begun_and_for_no_others() {
+    let seen = outcomes(|| {
+        let polls = Arc::new(Polls::default());
+        let first = polls.begin();
+        let other = thread::spawn({
+            let polls = polls.clone();
+            move || {
+                let second = polls.begin();
+                let was_last = polls.end(first);
+                (second, was_last)
+            }
+        });
+        assert!(polls.ask().is_pending(), "one of the two is always polled");
+        let (second, was_last) = other.join().unwrap();
+        let is_waited_for = polls.ask().is_pending();
+        assert_eq!(polls.end(second), is_waited_for);
+        assert!(is_waited_for != was_last, "who asks is told once");
+        assert!(polls.ask().is_ready() && polls.are_none() && !polls.is_asked());
+        is_waited_for
+    });
+    assert_eq!(seen, [false, true], "it began after the question, and before");
 }
 
 /// Whether it was woken.

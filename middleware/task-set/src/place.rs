@@ -377,11 +377,20 @@ impl Stop for ResponseScope {
     }
 
     #[inline]
-    fn stopped(&self) -> Option<Stopped> {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Option<Stopped>> {
+        match &mut self.0 {
+            Response::Own(own) => own.poll_end(cx),
+            Response::Other(None) => Poll::Ready(None),
+            Response::Other(Some(timed)) => timed.poll_end(cx),
+        }
+    }
+
+    #[inline]
+    fn may_end(&self) -> bool {
         match &self.0 {
-            Response::Own(own) => own.stopped(),
-            Response::Other(None) => None,
-            Response::Other(Some(timed)) => timed.stopped(),
+            Response::Own(own) => own.may_end(),
+            Response::Other(None) => true,
+            Response::Other(Some(timed)) => timed.may_end(),
         }
     }
 }
@@ -414,11 +423,16 @@ impl Timed {
 
     // Tasks were told, and what waits for them may be ready before the timer is seen.
     #[inline(never)]
-    fn stopped(&self) -> Option<Stopped> {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Option<Stopped>> {
         if self.deadline.is_over() {
-            return Some(Stopped::TimedOut);
+            return Poll::Ready(Some(Stopped::TimedOut));
         }
-        self.own.as_ref()?.stopped()
+        self.own.as_ref().map_or(Poll::Ready(None), |own| own.poll_end(cx))
+    }
+
+    #[inline(never)]
+    fn may_end(&self) -> bool {
+        !self.deadline.is_over() && self.own.as_ref().is_none_or(Own::may_end)
     }
 }
 
@@ -464,14 +478,26 @@ impl Own {
         }
     }
 
+    /// The set, if a panic of a task may be why the response does not end as it would.
     #[inline]
-    fn stopped(&self) -> Option<Stopped> {
+    fn may_fail(&self) -> Option<&Arc<Set>> {
         match &self.0 {
-            Current::Set(set, slot) if *slot != OVER && set.has_failed() => {
-                set.failed().map(Stopped::Panicked)
-            }
+            Current::Set(set, slot) if *slot != OVER && set.may_fail() => Some(set),
             _ => None,
         }
+    }
+
+    #[inline]
+    fn poll_end(&self, cx: &Context<'_>) -> Poll<Option<Stopped>> {
+        match self.may_fail() {
+            Some(set) => set.poll_verdict(cx).map(|failed| failed.map(Stopped::Panicked)),
+            None => Poll::Ready(None),
+        }
+    }
+
+    #[inline]
+    fn may_end(&self) -> bool {
+        self.may_fail().is_none_or(|set| set.may_end())
     }
 }
 

@@ -156,6 +156,11 @@ struct Reap {
 impl Reap {
     async fn run(mut self) {
         let mut round = Instant::now() + ROUND;
+        // A runtime without a time driver panics here, and there is no way to ask it. There, no
+        // deadline does anything, be it over already.
+        if catch(|| sleep_until(round)).is_err() {
+            return self.no_time();
+        }
         // What was far away when it was asked for need not be so by now.
         self.look_around(round);
         loop {
@@ -176,11 +181,7 @@ impl Reap {
                 tokio::task::yield_now().await;
                 continue;
             };
-            // A runtime without a time driver panics here, and there is no way to ask it.
-            let Ok(sleep) = catch(|| sleep_until(alarm)) else {
-                return self.no_time();
-            };
-            let mut sleep = pin!(sleep);
+            let mut sleep = pin!(sleep_until(alarm));
             let mut sooner = pin!(self.runtime.sooner.notified());
             poll_fn(|cx| {
                 let woken = sooner.as_mut().poll(cx).is_ready();

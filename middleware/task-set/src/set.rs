@@ -1,5 +1,6 @@
 mod home;
 mod members;
+mod polls;
 mod reading;
 
 use std::{
@@ -22,7 +23,7 @@ use tower_spawn_limit::{Level, Limits, SpawnError, SpawnLimit};
 use tracing::field;
 
 use crate::{
-    OnPanic, TaskEvent, TaskRegistry,
+    OnPanic, StopToken, TaskEvent, TaskRegistry,
     ledger::{Base, Kind},
     lifetime::Policy,
     place,
@@ -30,13 +31,15 @@ use crate::{
     registry::{self, Config, Owner, Taken},
     stop::Stop,
     sync::{self, AtomicU8, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, get_mut, lock},
-    task::{Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
+    task::{Blocking, Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
     task_set::Plan,
 };
 
 pub(crate) use home::{Home, current_task};
 
 use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, NOT_YET, Rare, Stage, Watch};
+pub(crate) use polls::Polls;
+use polls::Round;
 
 /// Bits of [`Set::marks`]: some task has been told something. Look under the lock.
 pub(crate) const ORDERS: u8 = 1;
@@ -53,6 +56,8 @@ const CARE: u8 = 1 << 3;
 const FAILED: u8 = 1 << 5;
 /// The registry has a limit.
 const LIMITED: u8 = 1 << 6;
+/// A panic of some task may fail the response: its [polls](Set::polls) are counted.
+pub(crate) const MAY_FAIL: u8 = 1 << 7;
 
 /// So many tasks are woken for each lock.
 const WAKERS: usize = 32;
@@ -74,6 +79,8 @@ pub(crate) struct Set {
     inner: Mutex<Inner>,
     /// What is to be looked at before a poll or a spawn, if anything is.
     marks: AtomicU8,
+    /// Which of its tasks are being polled, if one [may fail](MAY_FAIL) the response.
+    pub(crate) polls: Polls,
     /// Of the registry: it belongs to no request, and is over when it is empty.
     own: bool,
     /// What its tasks hold, and so may not wait for.
@@ -128,6 +135,8 @@ impl Set {
         let (context, limits) = (RequestContext::new(), Limits::default());
         let left = self.begin(config, runtime, context, limits, level, Instant::now());
         self.own = true;
+        // There is no response.
+        self.marks.fetch_and(!MAY_FAIL, Ordering::Relaxed);
         get_mut(&mut self.inner).begin(false, true);
         left
     }
@@ -146,6 +155,7 @@ impl Set {
             limits: Limits::default(),
             level: Level::Free,
             marks: AtomicU8::new(0),
+            polls: Polls::default(),
             inner: Mutex::default(),
         })
     }
@@ -186,6 +196,9 @@ impl Set {
         if config.limit.is_some() {
             marks |= LIMITED;
         }
+        if config.policy.may_fail() {
+            marks |= MAY_FAIL;
+        }
         if !self.is_of(config) {
             // What was there had no code of others, or it would have gone with the request.
             self.config = Some(config.clone());
@@ -195,6 +208,7 @@ impl Set {
         self.born = born;
         self.own = false;
         self.level = level;
+        self.polls = Polls::default();
         self.marks.store(marks, Ordering::Relaxed);
         left
     }
@@ -590,6 +604,9 @@ impl Set {
         }
         let timeout = plan.timeout().and_then(|timeout| Instant::now().checked_add(timeout));
         let near = timeout.filter(|_| !plan.timeout().is_some_and(Runtime::is_far));
+        if plan.on_panic() == Some(OnPanic::FailResponse) && !self.own {
+            self.marks.fetch_or(MAY_FAIL, Ordering::Relaxed);
+        }
         Extra {
             // What belongs to no request is kept.
             policy: plan.policy().filter(|_| !self.own).cloned(),
@@ -855,7 +872,9 @@ impl Set {
             self.watch_deadline();
         }
         // The code of others.
-        drop(waker);
+        if let Some(waker) = waker {
+            self.dismiss(waker);
+        }
     }
 
     /// The same, whatever there is.
@@ -885,7 +904,9 @@ impl Set {
             self.end_each(inner, end);
         }
         notify(changed);
-        drop(waker);
+        if let Some(waker) = waker {
+            self.dismiss(waker);
+        }
     }
 
     /// Begins the lifetime of all, and of each that has made a choice of its own.
@@ -974,15 +995,44 @@ impl Set {
         self.lock().deadlines().iter().map(|deadline| deadline.at).min()
     }
 
-    /// Whether it may be that the response is to fail. A panic that is missed here came too late.
-    pub(crate) fn has_failed(&self) -> bool {
-        self.marks() & FAILED != 0
+    pub(crate) fn has_timed_out(&self) -> bool {
+        self.ended() == Some(End::TimedOut)
     }
 
-    /// Why the response is to fail, if it is.
+    /// Whether it may be that a panic of a task is what the response ends in.
+    #[inline]
+    pub(crate) fn may_fail(&self) -> bool {
+        self.marks() & MAY_FAIL != 0
+    }
+
+    /// Whether the response, which comes to an end of its own, is to fail: known when the tasks that
+    /// are being polled have come to an await. One of them may have brought the end about by
+    /// panicking, and not be unwound yet. If it is not known, wakes `cx` when it is.
     #[cold]
-    pub(crate) fn failed(&self) -> Option<Panic> {
-        self.lock().failed().cloned()
+    pub(crate) fn poll_verdict(self: &Arc<Self>, cx: &Context<'_>) -> Poll<Option<Panic>> {
+        // A task that waits for its response would wait for itself.
+        let waits = place::slot_in(self).is_none() && self.ended().is_none();
+        if waits && self.polls.ask().is_pending() {
+            let failed = self.respond_to(cx.waker().clone());
+            if failed.is_none() && self.polls.ask().is_pending() {
+                return Poll::Pending;
+            }
+        }
+        Poll::Ready(self.lock().failed().cloned())
+    }
+
+    /// Whether [that](Self::poll_verdict) is known, and it is not to fail.
+    #[cold]
+    pub(crate) fn may_end(&self) -> bool {
+        self.polls.are_none() && self.marks() & FAILED == 0
+    }
+
+    /// A poll of a task, which was counted, has ended.
+    pub(crate) fn end_poll(&self, round: Round) {
+        if self.polls.end(round) {
+            let waker = self.lock().response.take();
+            waker.into_iter().for_each(wake);
+        }
     }
 
     /// Whether the response is to fail; if not, wakes `cx` when it is.
@@ -996,13 +1046,26 @@ impl Set {
             return Poll::Pending;
         }
         drop(inner);
-        let waker = cx.waker().clone();
+        self.respond_to(cx.waker().clone()).map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// Wakes this when the response is to fail, unless it is by now.
+    fn respond_to(&self, waker: Waker) -> Option<Panic> {
         let mut inner = self.lock();
         let old = inner.response.replace(waker);
         let failed = inner.failed().cloned();
         drop(inner);
         drop(old);
-        failed.map_or(Poll::Pending, Poll::Ready)
+        failed
+    }
+
+    /// Lets go of the response's waker, for the set is over; and wakes it if the response waits for
+    /// tasks that are being polled.
+    #[cold]
+    fn dismiss(&self, waker: Waker) {
+        if self.polls.is_asked() {
+            wake(waker);
+        }
     }
 
     /// A task has panicked.
@@ -1020,10 +1083,7 @@ impl Set {
                 self.marks.fetch_or(FAILED, Ordering::Relaxed);
                 let waker = inner.response.take();
                 drop(inner);
-                if let Some(waker) = waker {
-                    // The code of others, and the task is not where it can unwind.
-                    drop(catch(|| waker.wake()));
-                }
+                waker.into_iter().for_each(wake);
             }
             _ => {}
         }
@@ -1150,7 +1210,7 @@ impl Set {
         let mut news = News::default();
         self.tell_all(&mut inner, Order::Cancel(cause), &mut news, |_| true);
         if abort {
-            inner.extras_mut().for_each(|(_, extra)| extra.end_grace());
+            inner.extras_mut().for_each(|(_, extra)| extra.cut_grace());
         }
         // Here, so that whoever finds it cancelled under the lock sees it.
         self.mark_orders();
@@ -1317,6 +1377,9 @@ impl Set {
             return;
         }
         inner.rare_mut().policy.get_or_insert_with(|| self.config().policy.clone()).add(chosen);
+        if chosen.may_fail() {
+            self.marks.fetch_or(MAY_FAIL, Ordering::Relaxed);
+        }
     }
 
     /// Whether it could still be held.
@@ -1486,6 +1549,11 @@ fn pause() {
     thread::sleep(Duration::from_micros(1));
 }
 
+/// The code of others, where a task cannot unwind.
+fn wake(waker: Waker) {
+    drop(catch(|| waker.wake()));
+}
+
 fn notify(notify: Option<Arc<Notify>>) {
     if let Some(notify) = notify {
         sync::notify(&notify);
@@ -1547,6 +1615,16 @@ impl Ticket {
         Tracked::new(future, self.member(set))
     }
 
+    /// A closure that blocks, as the same.
+    pub(crate) fn track_blocking<F>(
+        self,
+        set: &Arc<Set>,
+        closure: F,
+        stop: StopToken,
+    ) -> Tracked<Blocking<F>> {
+        Tracked::new(Blocking::new(closure, stop), self.member(set).blocks())
+    }
+
     #[inline]
     pub(crate) fn canceller(self, set: &Arc<Set>) -> Canceller {
         let Self { slot, generation, kind, .. } = self;
@@ -1556,7 +1634,7 @@ impl Ticket {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use std::{collections::BTreeSet, task::Wake};
+    use std::{collections::BTreeSet, sync::atomic::AtomicBool, task::Wake};
 
     use tokio::runtime::Builder;
 
@@ -1566,6 +1644,35 @@ mod tests {
     #[test]
     fn a_waiting_task_costs_its_set_24_bytes() {
         assert_eq!(size_of::<Entry>(), 24);
+    }
+
+    #[test]
+    fn a_response_that_is_held_back_is_woken_if_something_else_ends_its_set() {
+        /// Notes that it was woken.
+        #[derive(Default)]
+        struct Told(AtomicBool);
+        impl Wake for Told {
+            fn wake(self: Arc<Self>) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        for tasks in [0, 1] {
+            let registry = TaskRegistry::new().on_panic(OnPanic::FailResponse);
+            let set = Set::new(registry.config(), RequestContext::new());
+            let plan = Plan::new("task", Location::caller());
+            let enter = || set.enter(&plan, None).expect("it is open");
+            let tasks: Vec<_> = (0..tasks).map(|_| enter().member(&set)).collect();
+            let told = Arc::new(Told::default());
+            let waker = told.clone().into();
+            let cx = Context::from_waker(&waker);
+            let round = set.polls.begin();
+            assert!(set.poll_verdict(&cx).is_pending());
+            set.end(End::TimedOut);
+            assert!(told.0.load(Ordering::Relaxed));
+            assert!(matches!(set.poll_verdict(&cx), Poll::Ready(None)));
+            set.end_poll(round);
+            drop(tasks);
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use tower_catch_unwind::catch;
 #[cfg(not(loom))]
 pub(crate) use std::sync::{
     Mutex, MutexGuard,
-    atomic::{AtomicBool, AtomicU8, Ordering},
+    atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering},
 };
 #[cfg(not(loom))]
 pub(crate) use tokio::sync::{Notify, futures::OwnedNotified};
@@ -15,7 +15,7 @@ pub(crate) use self::model::{Notify, OwnedNotified};
 #[cfg(loom)]
 pub(crate) use loom::sync::{
     Mutex, MutexGuard,
-    atomic::{AtomicBool, AtomicU8, Ordering},
+    atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering},
 };
 
 /// Ours are not poisoned: no code of others runs under them.

@@ -17,7 +17,7 @@ use tower_spawn_limit::Level;
 use crate::{
     StopToken,
     place::{self, InTask},
-    set::{CONTEXT, LENT, ORDERS, Set, current_task},
+    set::{CONTEXT, LENT, MAY_FAIL, ORDERS, Set, current_task},
 };
 
 /// Why a task was told to end.
@@ -306,6 +306,8 @@ pub(crate) struct Member {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Started,
+    /// It is a closure that blocks.
+    Blocks,
     /// It has come to an await, and the set has its waker.
     Waits,
     /// Its future is ready and about to be dropped. What that is dropped in was not left: the set,
@@ -324,6 +326,12 @@ enum Phase {
 impl Member {
     pub(crate) const fn new(set: Arc<Set>, slot: u32, has_home: bool) -> Self {
         Self { set: Some(set), slot, outcome: None, has_home, phase: Phase::Started }
+    }
+
+    /// The same of a closure that blocks.
+    pub(crate) const fn blocks(mut self) -> Self {
+        self.phase = Phase::Blocks;
+        self
     }
 
     #[inline]
@@ -351,7 +359,11 @@ impl Member {
             marks |= CONTEXT;
         }
         let (mut away, mut level) = (None, Level::Free);
+        let mut polled = None;
         if marks != 0 {
+            if marks & MAY_FAIL != 0 && self.phase != Phase::Blocks {
+                polled = Some(self.set().polls.begin());
+            }
             level = self.set().level().raise();
             if marks & CONTEXT != 0 {
                 if !self.has_home && Scope::lend(current_task) {
@@ -365,7 +377,8 @@ impl Member {
         let mut result = Poll::Pending;
         // No guard that leaves: nothing unwinds past this.
         let caught = catch(|| result = poll());
-        if caught.is_ok() && result.is_ready() && marks & CONTEXT == 0 && inside.is_from_nowhere() {
+        let is_plain = marks & (CONTEXT | MAY_FAIL) == 0;
+        if caught.is_ok() && result.is_ready() && is_plain && inside.is_from_nowhere() {
             // Who polls it drops it now: its destructors run in the set too.
             self.phase = Phase::Stays { in_scope: marks & LENT != 0 };
             self.outcome = Some(Outcome::Completed);
@@ -387,6 +400,9 @@ impl Member {
         }
         if marks != 0 {
             Level::leave(level);
+            if let Some(round) = polled {
+                self.set().end_poll(round);
+            }
         }
         // It is `None` by now, which the compiler does not see.
         forget(away);

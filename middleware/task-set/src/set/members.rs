@@ -262,6 +262,8 @@ pub(super) struct Extra {
     pub(super) grace: Option<Duration>,
     /// When that is over.
     pub(super) grace_key: Option<Key>,
+    /// All were aborted before it was over.
+    pub(super) is_cut_short: bool,
     pub(super) home: Option<Box<Home>>,
     pub(super) trace_id: Option<TraceId>,
     /// For the observer.
@@ -283,6 +285,12 @@ impl Extra {
         if let Some(told) = self.told {
             self.order.get_or_insert(told.after_grace());
         }
+    }
+
+    /// The same, before that is over.
+    pub(super) fn cut_grace(&mut self) {
+        self.is_cut_short |= matches!(self.told, Some(Order::Cancel(_))) && self.order.is_none();
+        self.end_grace();
     }
 }
 
@@ -533,7 +541,8 @@ impl Inner {
             Some(extra) if extra.is_told_alone() => extra.told.or(extra.order),
             _ => self.order,
         };
-        if told.map(Order::cause) != Some(Cause::Shutdown) {
+        let is_cut_short = extra.is_some_and(|extra| extra.is_cut_short);
+        if !is_cut_short && told.map(Order::cause) != Some(Cause::Shutdown) {
             return;
         }
         let entry = &self.tasks[slot as usize];

@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant, advance},
 };
 use tokio_test::task::spawn;
-use tower::{Layer, ServiceExt, service_fn};
+use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_task_set::{
     AtEnd, BodyError, CallError, Cause, End, SpawnError, Stopped, TaskHandle, TaskRegistry,
     TaskSet, TaskSetLayer,
@@ -194,6 +194,35 @@ async fn what_is_made_of_the_end_of_the_tasks_is_not_the_answer() {
     let error = response.await.unwrap_err();
     assert!(matches!(error, CallError::Stopped(Stopped::TimedOut)));
     assert_ledger(&tasks, "cancelled 5");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_set_that_ends_at_the_deadline_fails_a_response_that_has_come_to_no_await() {
+    for (waits, in_time) in [(2, true), (3, false)] {
+        let tasks = TaskRegistry::new().at_end(AtEnd::Cancel);
+        let layer = TaskSetLayer::new(&tasks).deadline(secs(3));
+        // The body is polled late.
+        let served = serve(&layer);
+        let fed = served.set.spawn("feed", forever()).unwrap();
+        // The future is.
+        let response = layer.clone().layer(service_fn(|_: Request<()>| {
+            TaskSet::current().unwrap().spawn("task", forever()).unwrap();
+            async { Ok::<_, Broken>(Response::new(Empty::<Bytes>::new())) }
+        }));
+        let response = { response }.call(Request::new(()));
+        advance(secs(waits)).await;
+        settle().await;
+        assert_eq!(fed.is_finished(), !in_time);
+        let status = response.await.unwrap().status();
+        assert_eq!(status, if in_time { 200 } else { 504 });
+        served.send(|| Poll::Ready(None));
+        let end = spawn(served.body).enter(|cx, body| body.poll_frame(cx));
+        match end {
+            Poll::Ready(None) => assert!(in_time),
+            Poll::Ready(Some(Err(BodyError::Stopped(Stopped::TimedOut)))) => assert!(!in_time),
+            end => panic!("{end:?}"),
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -497,6 +526,24 @@ fn without_a_time_driver_a_deadline_does_nothing() {
         }
     });
     assert_ledger(&tasks, "completed 2");
+}
+
+#[test]
+fn without_a_time_driver_no_deadline_counts_that_is_over_at_once() {
+    let runtime = Builder::new_current_thread().build().unwrap();
+    let tasks = TaskRegistry::new().at_end(AtEnd::Cancel);
+    let layer = TaskSetLayer::new(&tasks).deadline(Duration::ZERO);
+    runtime.block_on(async {
+        let served = serve(&layer);
+        let task = served.set.spawn("task", forever()).unwrap();
+        let other = served.set.task("task").timeout(Duration::ZERO).spawn(forever()).unwrap();
+        settle().await;
+        assert!(!task.is_finished() && !other.is_finished());
+        served.set.spawn("late", async {}).unwrap().await.unwrap();
+        served.end(End::Completed);
+        settle().await;
+    });
+    assert_ledger(&tasks, "completed 1, cancelled 2");
 }
 
 #[test]

@@ -3,27 +3,29 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
+        mpsc,
     },
     task::{Context, Poll, Wake},
 };
 
 use bytes::Bytes;
 use http::{Request, Response, Version};
-use http_body::Body;
+use http_body::{Body, Frame};
 use http_body_util::{BodyExt, Empty};
+use tokio::runtime::Runtime;
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task::spawn};
 use tower::{Layer, ServiceExt, service_fn};
 use tower_catch_unwind::Panic;
 use tower_task_set::{
-    AtEnd, BodyError, CallError, Cause, End, NewTask, OnPanic, Stopped, TaskRegistry, TaskSet,
-    TaskSetLayer,
+    AtEnd, BodyError, CallError, Cause, End, NewTask, OnPanic, Stopped, TaskHandle, TaskRegistry,
+    TaskSet, TaskSetLayer,
 };
 
 use crate::{
     log::{events_of, events_so_far},
     support::{
         Broken, COMPLETED, OnDrop, Script, Yield, assert_ledger, current_thread, forever, gate,
-        outcome, serve, settle,
+        multi_thread, now, outcome, serve, settle,
     },
 };
 
@@ -62,6 +64,134 @@ async fn what_a_handler_makes_of_a_panic_that_fails_its_response_is_not_the_answ
         Ok::<_, Broken>(Response::new(Empty::<Bytes>::new()))
     }));
     assert_eq!(service.oneshot(Request::new(())).await.unwrap().status(), 500);
+}
+
+/// A task that is in the middle of a poll, where it closes what it has, and then waits.
+struct Unwinds {
+    task: TaskHandle<()>,
+    go_on: mpsc::Sender<()>,
+}
+
+impl Unwinds {
+    /// It closes it for it panics, or just so.
+    fn new(runtime: &Runtime, set: &TaskSet, panics: bool) -> Self {
+        let (tell_closed, closed) = mpsc::channel();
+        let (go_on, wait) = mpsc::channel();
+        let task = async move {
+            let _closes = OnDrop::new(move || {
+                tell_closed.send(()).unwrap();
+                wait.recv().unwrap();
+            });
+            assert!(!panics, "it hurts");
+        };
+        let _here = runtime.enter();
+        let task = set.spawn("task", task).unwrap();
+        closed.recv().unwrap();
+        Self { task, go_on }
+    }
+
+    fn go_on(self, runtime: &Runtime) {
+        self.go_on.send(()).unwrap();
+        drop(runtime.block_on(outcome(self.task)));
+    }
+}
+
+#[test]
+fn a_head_that_comes_while_a_task_is_unwound_waits_for_that() {
+    for (panics, status) in [(false, 200), (true, 500)] {
+        let runtime = multi_thread();
+        let tasks = TaskRegistry::new().runtime(runtime.handle().clone());
+        let layer = TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse);
+        let (tell, told) = mpsc::channel();
+        let service = layer.layer(service_fn(|_: Request<()>| {
+            tell.send(Unwinds::new(&runtime, &TaskSet::current().unwrap(), panics)).unwrap();
+            async { Ok::<_, Broken>(Response::new(Empty::<Bytes>::new())) }
+        }));
+        let mut response = spawn(service.oneshot(Request::new(())));
+        assert_pending!(response.poll());
+        assert_pending!(response.poll());
+        assert!(!response.is_woken());
+        told.recv().unwrap().go_on(&runtime);
+        assert!(response.is_woken());
+        assert_eq!(assert_ready_ok!(response.poll()).status(), status);
+    }
+}
+
+#[test]
+fn a_call_of_another_service_that_ends_while_a_task_is_unwound_waits_for_that() {
+    for panics in [false, true] {
+        let runtime = multi_thread();
+        let tasks = TaskRegistry::new().runtime(runtime.handle().clone());
+        let layer = TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse).plain();
+        let (tell, told) = mpsc::channel();
+        let service = layer.layer(service_fn(|()| {
+            tell.send(Unwinds::new(&runtime, &TaskSet::current().unwrap(), panics)).unwrap();
+            async { Ok::<_, Broken>(1) }
+        }));
+        let mut response = spawn(service.oneshot(()));
+        assert_pending!(response.poll());
+        told.recv().unwrap().go_on(&runtime);
+        match assert_ready!(response.poll()) {
+            Ok(answer) => assert!(answer == 1 && !panics),
+            Err(error) => assert!(matches!(error, CallError::Stopped(Stopped::Panicked(_)))),
+        }
+    }
+}
+
+#[test]
+fn an_end_of_a_body_that_comes_while_a_task_is_unwound_waits_for_that() {
+    for panics in [false, true] {
+        let runtime = multi_thread();
+        let tasks = TaskRegistry::new().runtime(runtime.handle().clone());
+        let layer = TaskSetLayer::new(&tasks);
+        let mut served = serve(&layer.on_panic(OnPanic::FailResponse));
+        let unwinds = Unwinds::new(&runtime, &served.set, panics);
+        // Data pass.
+        let data = served.poll(|| Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"data"))))));
+        assert!(matches!(data, Poll::Ready(Some(Ok(_)))));
+        served.send(|| Poll::Ready(None));
+        let mut body = spawn(served.body);
+        let mut poll = || body.enter(|cx, body| body.poll_frame(cx));
+        assert_pending!(poll());
+        unwinds.go_on(&runtime);
+        match assert_ready!(poll()) {
+            None => assert!(!panics),
+            Some(Err(BodyError::Stopped(Stopped::Panicked(panic)))) => {
+                assert_eq!((panic.message(), panics), ("it hurts", true));
+            }
+            Some(frame) => panic!("{frame:?}"),
+        }
+        drop(body);
+        runtime.block_on(tasks.idle());
+        assert_ledger(&tasks, if panics { "panicked 1" } else { "completed 1" });
+    }
+}
+
+#[test]
+fn a_response_waits_for_no_task_that_waits_for_it_and_for_none_that_blocks() {
+    // In a poll of the task itself.
+    current_thread().block_on(async {
+        let layer = TaskSetLayer::new(&TaskRegistry::new());
+        let served = serve(&layer.on_panic(OnPanic::FailResponse));
+        served.send(|| Poll::Ready(None));
+        let (set, mut body) = (served.set, served.body);
+        let reads = async move { now(std::future::poll_fn(|cx| body.as_mut().poll_frame(cx))) };
+        assert!(set.spawn("reads", reads).unwrap().await.unwrap().is_none());
+    });
+    // A closure.
+    let runtime = multi_thread();
+    let tasks = TaskRegistry::new().runtime(runtime.handle().clone());
+    let mut served = serve(&TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse));
+    let (tell_begun, begun) = mpsc::channel();
+    let (go_on, wait) = mpsc::channel::<()>();
+    let closure = move |_| {
+        tell_begun.send(()).unwrap();
+        wait.recv().unwrap_err();
+    };
+    served.set.spawn_blocking("blocks", closure).unwrap();
+    begun.recv().unwrap();
+    assert!(assert_ready!(served.poll(|| Poll::Ready(None))).is_none());
+    drop(go_on);
 }
 
 #[test]

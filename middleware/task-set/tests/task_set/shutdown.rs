@@ -158,6 +158,33 @@ async fn of_graceful_tasks_those_were_forced_whose_grace_was_over() {
     assert_ledger(&tasks, "completed 1, aborted 2, panicked 1");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_graceful_task_that_something_else_has_told_was_forced_if_a_shutdown_cuts_its_grace() {
+    let tasks = TaskRegistry::new().at_end(AtEnd::Cancel).grace(secs(9));
+    let served = serve(&TaskSetLayer::new(&tasks));
+    let set = &served.set;
+    set.spawn_graceful("its response", |_| forever()).unwrap();
+    let handle = set.spawn_graceful("its handle", |_| forever()).unwrap();
+    let over = set.task("has had its grace").grace(secs(1));
+    over.spawn_graceful(|_| forever()).unwrap();
+    let timeout = set.task("its own time").timeout(secs(1));
+    timeout.spawn_graceful(|_| forever()).unwrap();
+    settle().await;
+    handle.cancel();
+    tokio::time::sleep(secs(2)).await;
+    served.end(End::Completed);
+    tokio::time::sleep(secs(2)).await;
+    tasks.close();
+    tasks.cancel_all();
+    settle().await;
+    assert_eq!(forced(&tasks), []);
+    tasks.abort_all();
+    tasks.wait().await;
+    let aborted = Outcome::Aborted;
+    assert_eq!(forced(&tasks), [("its handle", aborted), ("its response", aborted)]);
+    assert_ledger(&tasks, "aborted 3, timed out 1");
+}
+
 #[tokio::test]
 async fn a_destructor_that_panics_when_a_shutdown_drops_its_task_hides_nothing() {
     struct Panics;

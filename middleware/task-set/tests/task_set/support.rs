@@ -96,11 +96,19 @@ impl<B: Body<Data = Data>> Served<B> {
         assert!(self.body.as_mut().poll_frame(&mut Context::from_waker(waker)).is_pending());
     }
 
-    fn poll(
+    /// What the body does in its next poll.
+    pub(crate) fn send(
+        &self,
+        step: impl FnOnce() -> Poll<Option<Result<Frame<Data>, Broken>>> + Send + 'static,
+    ) {
+        self.script.send(Box::new(step)).unwrap();
+    }
+
+    pub(crate) fn poll(
         &mut self,
         step: impl FnOnce() -> Poll<Option<Result<Frame<Data>, Broken>>> + Send + 'static,
     ) -> Poll<Option<Result<Frame<Data>, B::Error>>> {
-        self.script.send(Box::new(step)).unwrap();
+        self.send(step);
         self.body.as_mut().poll_frame(&mut Context::from_waker(Waker::noop()))
     }
 }
