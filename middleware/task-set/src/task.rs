@@ -361,9 +361,6 @@ impl Member {
         let (mut away, mut level) = (None, Level::Free);
         let mut polled = None;
         if marks != 0 {
-            if marks & MAY_FAIL != 0 && self.phase != Phase::Blocks {
-                polled = Some(self.set().polls.begin());
-            }
             level = self.set().level().raise();
             if marks & CONTEXT != 0 {
                 if !self.has_home && Scope::lend(current_task) {
@@ -371,6 +368,10 @@ impl Member {
                 } else {
                     self.set().enter_home(self.slot, self.has_home, &mut away);
                 }
+            }
+            // Between here and the end of it nothing unwinds.
+            if marks & MAY_FAIL != 0 && self.phase != Phase::Blocks {
+                polled = Some(self.set().polls.begin());
             }
         }
         let inside = InTask::enter(self.set.take(), self.slot);
@@ -391,6 +392,9 @@ impl Member {
         }
         let caught = caught.map_err(|panic| self.tell(panic));
         forget(replace(&mut self.set, inside.leave()));
+        if let Some(round) = polled {
+            self.set().end_poll(round);
+        }
         if marks & CONTEXT != 0 {
             self.has_home |= self.set().leave_home(self.slot, &mut away);
         } else if marks & LENT != 0 {
@@ -400,9 +404,6 @@ impl Member {
         }
         if marks != 0 {
             Level::leave(level);
-            if let Some(round) = polled {
-                self.set().end_poll(round);
-            }
         }
         // It is `None` by now, which the compiler does not see.
         forget(away);
