@@ -48,6 +48,8 @@ pub fn record(info: &PanicHookInfo<'_>) -> bool {
     if depth == 0 {
         return false;
     }
+    // First: to take a backtrace may take a while.
+    unwinding::begin();
     let backtrace = Backtrace::capture();
     let record = Record {
         message: message_of(info.payload()),
@@ -88,6 +90,56 @@ pub mod destructor {
     #[cold]
     pub fn panic() -> Option<Panic> {
         super::take_last().map(Panic::of_record)
+    }
+}
+
+/// For who must know that a panic has begun before its destructors run, and not only when it is
+/// caught: `tower-task-set`, of tasks.
+#[doc(hidden)]
+pub mod unwinding {
+    use std::{cell::Cell, fmt, sync::Arc};
+
+    /// What is told of a panic on the thread where it is [current](replace).
+    pub trait Watch: fmt::Debug + Send + Sync {
+        /// A panic has been recorded, and is about to unwind. Called in the panic hook, where a
+        /// panic aborts the process.
+        fn begin(&self);
+    }
+
+    /// A watch, and whether it was told.
+    #[derive(Debug)]
+    pub struct Watched {
+        watch: Arc<dyn Watch>,
+        has_begun: bool,
+    }
+
+    impl Watched {
+        pub fn new(watch: Arc<dyn Watch>) -> Self {
+            Self { watch, has_begun: false }
+        }
+
+        /// Whether a panic has begun since.
+        pub const fn has_begun(&self) -> bool {
+            self.has_begun
+        }
+    }
+
+    thread_local! {
+        static HERE: Cell<Option<Watched>> = const { Cell::new(None) };
+    }
+
+    /// Makes it current on this thread, and yields what was.
+    pub fn replace(watched: Option<Watched>) -> Option<Watched> {
+        HERE.try_with(|here| here.replace(watched)).ok().flatten()
+    }
+
+    pub(super) fn begin() {
+        let Some(mut watched) = replace(None) else { return };
+        if !watched.has_begun {
+            watched.has_begun = true;
+            watched.watch.begin();
+        }
+        replace(Some(watched));
     }
 }
 

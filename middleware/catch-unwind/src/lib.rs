@@ -114,7 +114,11 @@ pub use catch::{CatchUnwind, Panic, catch};
 pub use hook::{Site, install_hook, record};
 pub use tower_request_context::{Http, Plain};
 #[doc(hidden)]
-pub use {answer::short_method, hook::destructor, log::Log};
+pub use {
+    answer::short_method,
+    hook::{destructor, unwinding},
+    log::Log,
+};
 
 /// Makes outcomes of the panics of everything inside.
 ///

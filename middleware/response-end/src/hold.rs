@@ -41,8 +41,7 @@ impl Scope {
 /// [Upgrades](crate#upgrades).
 ///
 /// `None` outside of a layer that can be held. A hold that is taken when the response is over
-/// holds nothing. A task set is not held by it: that is to be asked for one, which holds the
-/// response too.
+/// holds nothing. It holds no task set: tower-task-set's `TaskSet::hold` holds both.
 pub fn hold() -> Option<Hold> {
     let Scope::Inside(holds) = Scope::Outside.replace() else {
         return None;

@@ -23,7 +23,7 @@
 //!
 //! A layer that may [end](#ending-a-response) a response tells which end that is. Of what it cuts
 //! short, layers inside see the drop, which is R9; and of what comes too late, the end that never
-//! reaches the client. Who commits something on `Completed` is outermost.
+//! reaches the client. A layer that commits something on `Completed` has to be the outermost.
 //!
 //! `Completed` means handed to the server's write buffer, not received by the client; a response
 //! with status 500 is as complete as any. With R9 an outer layer may have given up, a timeout for
@@ -638,7 +638,7 @@ where
         }
         let watched = this.watched.take();
         output.map_ok(|response| {
-            response.map(|body| wrap(ResponseBody { inner: Some(body), trailers: None, watched }))
+            response.map(|body| wrap(ResponseBody { inner: Some(body), watched }))
         })
     }
 }
@@ -765,9 +765,6 @@ pin_project! {
         // `None` only while it is dropped.
         #[pin]
         inner: Option<B>,
-        // Its last frame, while that may not pass yet. Nobody shares it: an `Arc` that is not there
-        // is dropped for less than a `Box`.
-        trailers: Option<Arc<HeaderMap>>,
         // `None` for a default body alone.
         watched: Option<Watched<W>>,
     }
@@ -805,7 +802,7 @@ enum Next {
 /// An empty body that nobody watches.
 impl<B: Default, W: Watch> Default for ResponseBody<B, W> {
     fn default() -> Self {
-        Self { inner: Some(B::default()), trailers: None, watched: None }
+        Self { inner: Some(B::default()), watched: None }
     }
 }
 
@@ -813,8 +810,7 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
     /// Whether it is at its end and `may_end`: else it is polled, and may end otherwise.
     #[inline]
     fn is_at_end_if(&self, may_end: impl FnOnce(&W) -> bool) -> bool {
-        let is_at_end =
-            || self.inner.as_ref().is_none_or(Body::is_end_stream) && self.trailers.is_none();
+        let is_at_end = || self.inner.as_ref().is_none_or(Body::is_end_stream);
         match &self.watched {
             Some(watched) if matches!(watched.next, Next::AtEnd | Next::Over) => true,
             Some(watched) => {
@@ -847,6 +843,7 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
     #[inline(never)]
     fn poll_end<E, R>(
         mut self: Pin<&mut Self>,
+        kept: &mut Option<Arc<HeaderMap>>,
         cx: &mut Context<'_>,
         ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<Option<(End, R)>>,
         stopped: impl FnOnce(R, bool) -> Result<Frame<B::Data>, E>,
@@ -854,20 +851,16 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
         let this = self.as_mut().project();
         let Some(watched) = this.watched else { return Poll::Ready(None) };
         watched.look_at_upload(cx);
-        let trailers = this.trailers.take();
         match ask(&mut watched.watch, cx, false) {
-            Poll::Pending => {
-                *this.trailers = trailers;
-                Poll::Pending
-            }
+            Poll::Pending => Poll::Pending,
             Poll::Ready(Some((end, reason))) => {
-                let in_trailers = self.stop(trailers, end);
+                let in_trailers = self.stop(kept.take(), end);
                 Poll::Ready(Some(stopped(reason, in_trailers)))
             }
             Poll::Ready(None) => {
                 watched.next = Next::Over;
                 watched.end(End::Completed);
-                let trailers = trailers.and_then(Arc::into_inner);
+                let trailers = kept.take().and_then(Arc::into_inner);
                 Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
             }
         }
@@ -880,6 +873,7 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
     #[inline]
     fn poll_or_stop<E, R>(
         mut self: Pin<&mut Self>,
+        kept: &mut Option<Arc<HeaderMap>>,
         cx: &mut Context<'_>,
         wrap: impl FnOnce(B::Error) -> E,
         ask: impl FnOnce(&mut W, &mut Context<'_>, bool) -> Poll<Option<(End, R)>>,
@@ -887,7 +881,7 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
     ) -> Poll<Option<Result<Frame<B::Data>, E>>> {
         match self.watched.as_ref().map(|watched| watched.next) {
             Some(Next::Inner) | None => {}
-            Some(Next::End) => return self.poll_end(cx, ask, stopped),
+            Some(Next::End) => return self.poll_end(kept, cx, ask, stopped),
             Some(Next::AtEnd | Next::Over) => {
                 if let Some(watched) = self.project().watched {
                     watched.next = Next::Over;
@@ -959,7 +953,7 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
                     Poll::Ready(Some(Ok(Frame::data(data))))
                 }
                 Err(frame) if is_held => {
-                    *this.trailers = frame.into_trailers().ok().map(Arc::new);
+                    *kept = frame.into_trailers().ok().map(Arc::new);
                     watched.next = Next::End;
                     Poll::Pending
                 }
@@ -980,7 +974,7 @@ impl<B: Body, W: Watch> Body for ResponseBody<B, W> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.poll_or_stop(cx, convert::identity, never, |never, _| match never {})
+        self.poll_or_stop(&mut None, cx, convert::identity, never, |never, _| match never {})
     }
 
     fn is_end_stream(&self) -> bool {

@@ -2,11 +2,12 @@ use std::{
     error::Error,
     fmt, mem,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
-use http::{Response, StatusCode};
+use http::{HeaderMap, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_catch_unwind::Panic;
@@ -36,8 +37,8 @@ pub trait Stop: Watch {
         Poll::Ready(None)
     }
 
-    /// Whether [`poll_end`](Self::poll_end) would let it end now. Asked when the body says that it is
-    /// at its end: if not, it is polled for that.
+    /// Whether [`poll_end`](Self::poll_end) would let it end now: who implements one of the two
+    /// implements both. Asked when the body says that it is at its end: if not, it is polled for that.
     fn may_end(&self) -> bool {
         true
     }
@@ -128,6 +129,9 @@ impl Error for Stopped {}
 
 pin_project! {
     /// Response future of a layer that may [end](Stop) the response.
+    ///
+    /// It keeps what the inner future has yielded while that is [held back](Stop::poll_end), and so
+    /// is `Send` if that is too.
     #[must_use = "futures do nothing unless polled"]
     pub struct StoppableFuture<F, W, P = Http>
     where
@@ -237,7 +241,9 @@ pin_project! {
     where
         W: Watch,
     {
-        Inner { #[pin] body: ResponseBody<B, W> },
+        // Trailers, while they may not pass yet: nobody shares them, but to drop no `Arc` is less than
+        // to drop no `Box`.
+        Inner { #[pin] body: ResponseBody<B, W>, kept: Option<Arc<HeaderMap>> },
         // Until it has been yielded: then it is empty.
         Answer { bytes: Bytes },
     }
@@ -245,7 +251,7 @@ pin_project! {
 
 impl<B, W: Watch> StoppableBody<B, W> {
     const fn of(body: ResponseBody<B, W>) -> Self {
-        Self { state: State::Inner { body } }
+        Self { state: State::Inner { body, kept: None } }
     }
 
     const fn answer(bytes: Bytes) -> Self {
@@ -274,8 +280,8 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, Self::Error>>> {
         match self.project().state.project() {
-            StateProj::Inner { body } => {
-                body.poll_or_stop(cx, BodyError::Inner, ask, |stopped, in_trailers| {
+            StateProj::Inner { body, kept } => {
+                body.poll_or_stop(kept, cx, BodyError::Inner, ask, |stopped, in_trailers| {
                     if in_trailers {
                         Ok(Frame::trailers(stopped.answer().trailers()))
                     } else {
@@ -292,14 +298,14 @@ where
 
     fn is_end_stream(&self) -> bool {
         match &self.state {
-            State::Inner { body } => body.is_at_end_if(W::may_end),
+            State::Inner { body, kept } => kept.is_none() && body.is_at_end_if(W::may_end),
             State::Answer { bytes } => bytes.is_empty(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.state {
-            State::Inner { body } => body.size_hint(),
+            State::Inner { body, .. } => body.size_hint(),
             State::Answer { bytes } => {
                 SizeHint::with_exact(u64::try_from(bytes.len()).unwrap_or(u64::MAX))
             }

@@ -107,12 +107,9 @@ impl Deadline {
     /// Whether it is over for a response that has come to an await, though the timer may not have
     /// been seen; or for one that has not, but whose set has ended for it.
     pub(crate) fn is_over(&self) -> bool {
-        Instant::now() >= self.at
-            && match self.timer {
-                Timer::Unset => self.told.as_ref().is_some_and(|set| set.has_timed_out()),
-                Timer::Set(_) => true,
-                Timer::Never => false,
-            }
+        let has_awaited = || matches!(self.timer, Timer::Set(_));
+        let has_ended = || self.told.as_ref().is_some_and(|set| set.ended() == Some(End::TimedOut));
+        Instant::now() >= self.at && (has_awaited() || has_ended())
     }
 
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {

@@ -53,10 +53,10 @@ pub enum OnPanic {
     /// Its response fails: before the head the answer is a 500 or gRPC status 13, after it the body
     /// ends in an error, or in trailers for a gRPC client. When the response is over, nothing.
     ///
-    /// A response that comes to an end of its own while tasks of the set are being polled is held
-    /// back until those polls are over: what has brought the end about, such as a channel that was
-    /// closed, may be a panic that is still unwinding its task. Closures that block are not waited
-    /// for: await the [`TaskHandle`](crate::TaskHandle) of one that feeds the response.
+    /// A panic closes the task's channels before it is known, and a body may take that for the end
+    /// of its data. So a response that comes to an end of its own is held back while a panic unwinds
+    /// one of its tasks. For that, the [hook](tower_catch_unwind::install_hook) must be installed:
+    /// without it, await the [`TaskHandle`](crate::TaskHandle) of what feeds the response.
     FailResponse,
 }
 

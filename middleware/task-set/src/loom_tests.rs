@@ -18,7 +18,7 @@ use std::{
 
 use loom::{future::block_on, thread};
 use tokio::time::Instant;
-use tower_catch_unwind::Panic;
+use tower_catch_unwind::{Panic, unwinding::Watch};
 use tower_request_context::RequestContext;
 use tower_response_end::End;
 use tower_spawn_limit::SpawnError;
@@ -26,7 +26,7 @@ use tower_spawn_limit::SpawnError;
 use crate::{
     AtEnd, Group, GroupError, OnPanic, StopToken, TaskError, TaskRegistry,
     reaper::Who,
-    set::{Polls, Refusal, Set, Ticket},
+    set::{Refusal, Set, Ticket},
     sync::{self, OwnedNotified},
     task::{Cause, Graceful, Member, Order, Outcome, Tracked},
     task_set::{Choice, Plan, TaskOwner},
@@ -535,14 +535,15 @@ fn an_end_that_a_panic_brings_about_is_held_back_until_the_task_is_unwound() {
         let task = thread::spawn({
             let (set, closed) = (set.clone(), closed.clone());
             move || {
-                let round = set.polls.begin();
+                set.begin();
                 closed.store(true, sync::Ordering::Release);
                 panics(&set, &member);
-                set.end_poll(round);
+                set.end_unwinding();
             }
         });
         let (mut waited, mut failed) = (false, None);
         if closed.load(sync::Ordering::Acquire) {
+            assert!(!set.may_end());
             // One that is not woken would be a hang, which loom reports.
             failed = block_on(poll_fn(|cx| {
                 let verdict = set.poll_verdict(cx);
@@ -559,27 +560,33 @@ fn an_end_that_a_panic_brings_about_is_held_back_until_the_task_is_unwound() {
 }
 
 #[test]
-fn an_end_is_held_back_for_the_polls_that_had_begun_and_for_no_others() {
-    let seen = outcomes(|| {
-        let polls = Arc::new(Polls::default());
-        let first = polls.begin();
-        let other = thread::spawn({
-            let polls = polls.clone();
-            move || {
-                let second = polls.begin();
-                let was_last = polls.end(first);
-                (second, was_last)
+fn an_end_that_is_held_back_passes_when_the_task_has_caught_its_panic_or_the_set_has_ended() {
+    for ends in [false, true] {
+        let seen = outcomes(move || {
+            let registry = TaskRegistry::new().on_panic(OnPanic::FailResponse);
+            let set = set(&registry);
+            set.begin();
+            let other = thread::spawn({
+                let set = set.clone();
+                move || if ends { set.end(End::TimedOut) } else { set.end_unwinding() }
+            });
+            let mut waited = false;
+            let failed = block_on(poll_fn(|cx| {
+                let verdict = set.poll_verdict(cx);
+                waited |= verdict.is_pending();
+                verdict
+            }));
+            assert!(failed.is_none());
+            other.join().unwrap();
+            if ends {
+                set.end_unwinding();
+            } else {
+                set.end(End::Completed);
             }
+            waited
         });
-        assert!(polls.ask().is_pending(), "one of the two is always polled");
-        let (second, was_last) = other.join().unwrap();
-        let is_waited_for = polls.ask().is_pending();
-        assert_eq!(polls.end(second), is_waited_for);
-        assert!(is_waited_for != was_last, "who asks is told once");
-        assert!(polls.ask().is_ready() && polls.are_none() && !polls.is_asked());
-        is_waited_for
-    });
-    assert_eq!(seen, [false, true], "it began after the question, and before");
+        assert_eq!(seen, [false, true]);
+    }
 }
 
 /// Whether it was woken.

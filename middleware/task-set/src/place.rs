@@ -427,7 +427,11 @@ impl Timed {
         if self.deadline.is_over() {
             return Poll::Ready(Some(Stopped::TimedOut));
         }
-        self.own.as_ref().map_or(Poll::Ready(None), |own| own.poll_end(cx))
+        let end = self.own.as_ref().map_or(Poll::Ready(None), |own| own.poll_end(cx));
+        if end.is_pending() && self.deadline.poll(cx).is_ready() {
+            return Poll::Ready(Some(Stopped::TimedOut));
+        }
+        end
     }
 
     #[inline(never)]

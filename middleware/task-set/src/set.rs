@@ -1,6 +1,5 @@
 mod home;
 mod members;
-mod polls;
 mod reading;
 
 use std::{
@@ -16,30 +15,31 @@ use std::{
 
 use smallvec::SmallVec;
 use tokio::{runtime::Handle, time::Instant};
-use tower_catch_unwind::{Panic, catch};
+use tower_catch_unwind::{Panic, catch, unwinding};
 use tower_request_context::{RequestContext, Scope, TraceId};
 use tower_response_end::End;
 use tower_spawn_limit::{Level, Limits, SpawnError, SpawnLimit};
 use tracing::field;
 
 use crate::{
-    OnPanic, StopToken, TaskEvent, TaskRegistry,
+    OnPanic, TaskEvent, TaskRegistry,
     ledger::{Base, Kind},
     lifetime::Policy,
     place,
     reaper::{Key, Runtime, Who},
     registry::{self, Config, Owner, Taken},
     stop::Stop,
-    sync::{self, AtomicU8, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, get_mut, lock},
-    task::{Blocking, Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
+    sync::{
+        self, AtomicU8, AtomicU32, Mutex, MutexGuard, Notify, Ordering, OwnedNotified, get_mut,
+        lock,
+    },
+    task::{Canceller, Cause, Member, Order, Outcome, TaskError, TaskHandle, Tracked},
     task_set::Plan,
 };
 
 pub(crate) use home::{Home, current_task};
 
 use members::{Deadline, Extra, FREE, Inner, Lifetime, NONE, NOT_YET, Rare, Stage, Watch};
-pub(crate) use polls::Polls;
-use polls::Round;
 
 /// Bits of [`Set::marks`]: some task has been told something. Look under the lock.
 pub(crate) const ORDERS: u8 = 1;
@@ -56,7 +56,7 @@ const CARE: u8 = 1 << 3;
 const FAILED: u8 = 1 << 5;
 /// The registry has a limit.
 const LIMITED: u8 = 1 << 6;
-/// A panic of some task may fail the response: its [polls](Set::polls) are counted.
+/// A panic of some task may fail the response, and is counted while it [unwinds](Set::unwinding).
 pub(crate) const MAY_FAIL: u8 = 1 << 7;
 
 /// So many tasks are woken for each lock.
@@ -79,8 +79,8 @@ pub(crate) struct Set {
     inner: Mutex<Inner>,
     /// What is to be looked at before a poll or a spawn, if anything is.
     marks: AtomicU8,
-    /// Which of its tasks are being polled, if one [may fail](MAY_FAIL) the response.
-    pub(crate) polls: Polls,
+    /// In how many polls of its tasks a panic has begun, be it that the task then catches it.
+    unwinding: AtomicU32,
     /// Of the registry: it belongs to no request, and is over when it is empty.
     own: bool,
     /// What its tasks hold, and so may not wait for.
@@ -155,7 +155,7 @@ impl Set {
             limits: Limits::default(),
             level: Level::Free,
             marks: AtomicU8::new(0),
-            polls: Polls::default(),
+            unwinding: AtomicU32::new(0),
             inner: Mutex::default(),
         })
     }
@@ -208,7 +208,6 @@ impl Set {
         self.born = born;
         self.own = false;
         self.level = level;
-        self.polls = Polls::default();
         self.marks.store(marks, Ordering::Relaxed);
         left
     }
@@ -865,16 +864,14 @@ impl Set {
             return self.end_with_care(inner, end);
         }
         inner.set_end(end);
-        let waker = inner.response.take();
+        let waker = self.take_waker(&mut inner);
         let watch = inner.drain(Lifetime::begin(chosen));
         drop(inner);
         if watch {
             self.watch_deadline();
         }
         // The code of others.
-        if let Some(waker) = waker {
-            self.dismiss(waker);
-        }
+        waker.into_iter().for_each(let_go);
     }
 
     /// The same, whatever there is.
@@ -891,7 +888,7 @@ impl Set {
         // Who lets go as the last has nothing to tell any more, and retires it.
         inner.held_end = None;
         // Wakers are the code of others.
-        let waker = inner.response.take();
+        let waker = self.take_waker(&mut inner);
         for deadline in inner.deadlines() {
             self.forget(deadline.key.take());
         }
@@ -904,9 +901,7 @@ impl Set {
             self.end_each(inner, end);
         }
         notify(changed);
-        if let Some(waker) = waker {
-            self.dismiss(waker);
-        }
+        waker.into_iter().for_each(let_go);
     }
 
     /// Begins the lifetime of all, and of each that has made a choice of its own.
@@ -995,26 +990,25 @@ impl Set {
         self.lock().deadlines().iter().map(|deadline| deadline.at).min()
     }
 
-    pub(crate) fn has_timed_out(&self) -> bool {
-        self.ended() == Some(End::TimedOut)
-    }
-
     /// Whether it may be that a panic of a task is what the response ends in.
     #[inline]
     pub(crate) fn may_fail(&self) -> bool {
         self.marks() & MAY_FAIL != 0
     }
 
-    /// Whether the response, which comes to an end of its own, is to fail: known when the tasks that
-    /// are being polled have come to an await. One of them may have brought the end about by
-    /// panicking, and not be unwound yet. If it is not known, wakes `cx` when it is.
+    /// Whether the response, which comes to an end of its own, is to fail. What has brought the end
+    /// about may be a panic that is still unwinding its task: then it is not known, and wakes `cx`
+    /// when it is.
     #[cold]
-    pub(crate) fn poll_verdict(self: &Arc<Self>, cx: &Context<'_>) -> Poll<Option<Panic>> {
-        // A task that waits for its response would wait for itself.
-        let waits = place::slot_in(self).is_none() && self.ended().is_none();
-        if waits && self.polls.ask().is_pending() {
-            let failed = self.respond_to(cx.waker().clone());
-            if failed.is_none() && self.polls.ask().is_pending() {
+    pub(crate) fn poll_verdict(&self, cx: &Context<'_>) -> Poll<Option<Panic>> {
+        if self.is_unwinding() {
+            let mut inner = self.lock();
+            let old = inner.response.replace(cx.waker().clone());
+            // Whoever ends it, or ends to unwind, takes the waker after that.
+            let waits = inner.failed().is_none() && inner.end().is_none() && self.is_unwinding();
+            drop(inner);
+            drop(old);
+            if waits {
                 return Poll::Pending;
             }
         }
@@ -1024,15 +1018,23 @@ impl Set {
     /// Whether [that](Self::poll_verdict) is known, and it is not to fail.
     #[cold]
     pub(crate) fn may_end(&self) -> bool {
-        self.polls.are_none() && self.marks() & FAILED == 0
+        !self.is_unwinding() && self.marks() & FAILED == 0
     }
 
-    /// A poll of a task, which was counted, has ended.
-    pub(crate) fn end_poll(&self, round: Round) {
-        if self.polls.end(round) {
-            let waker = self.lock().response.take();
-            waker.into_iter().for_each(wake);
-        }
+    fn is_unwinding(&self) -> bool {
+        self.unwinding.load(Ordering::Acquire) > 0
+    }
+
+    /// The poll of a task is over in which a panic [had begun](unwinding::Watch).
+    #[cold]
+    pub(crate) fn end_unwinding(&self) {
+        let mut inner = self.lock();
+        // Under the lock, for who takes the waker otherwise. Whoever sees it without sees that it has
+        // failed.
+        self.unwinding.fetch_sub(1, Ordering::Release);
+        let waker = inner.response.take();
+        drop(inner);
+        waker.into_iter().for_each(wake);
     }
 
     /// Whether the response is to fail; if not, wakes `cx` when it is.
@@ -1046,26 +1048,21 @@ impl Set {
             return Poll::Pending;
         }
         drop(inner);
-        self.respond_to(cx.waker().clone()).map_or(Poll::Pending, Poll::Ready)
-    }
-
-    /// Wakes this when the response is to fail, unless it is by now.
-    fn respond_to(&self, waker: Waker) -> Option<Panic> {
+        let waker = cx.waker().clone();
         let mut inner = self.lock();
         let old = inner.response.replace(waker);
         let failed = inner.failed().cloned();
         drop(inner);
         drop(old);
-        failed
+        failed.map_or(Poll::Pending, Poll::Ready)
     }
 
-    /// Lets go of the response's waker, for the set is over; and wakes it if the response waits for
-    /// tasks that are being polled.
-    #[cold]
-    fn dismiss(&self, waker: Waker) {
-        if self.polls.is_asked() {
-            wake(waker);
-        }
+    /// Takes the waker of a response whose set is over, and whether it is to be woken: then it is
+    /// [held back](Self::poll_verdict).
+    #[inline]
+    fn take_waker(&self, inner: &mut Inner) -> Option<(Waker, bool)> {
+        let waker = inner.response.take()?;
+        Some((waker, self.is_unwinding()))
     }
 
     /// A task has panicked.
@@ -1500,6 +1497,14 @@ impl Set {
     }
 }
 
+/// No lock: it may be held where the panic is.
+impl unwinding::Watch for Set {
+    fn begin(&self) {
+        // What the panic does from now on is seen after this.
+        self.unwinding.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 impl fmt::Debug for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Set").field("len", &self.len()).finish_non_exhaustive()
@@ -1547,6 +1552,13 @@ const fn since(here: Option<u32>) -> u32 {
 /// be taken again before they are awake.
 fn pause() {
     thread::sleep(Duration::from_micros(1));
+}
+
+#[cold]
+fn let_go((waker, wakes): (Waker, bool)) {
+    if wakes {
+        wake(waker);
+    }
 }
 
 /// The code of others, where a task cannot unwind.
@@ -1615,16 +1627,6 @@ impl Ticket {
         Tracked::new(future, self.member(set))
     }
 
-    /// A closure that blocks, as the same.
-    pub(crate) fn track_blocking<F>(
-        self,
-        set: &Arc<Set>,
-        closure: F,
-        stop: StopToken,
-    ) -> Tracked<Blocking<F>> {
-        Tracked::new(Blocking::new(closure, stop), self.member(set).blocks())
-    }
-
     #[inline]
     pub(crate) fn canceller(self, set: &Arc<Set>) -> Canceller {
         let Self { slot, generation, kind, .. } = self;
@@ -1634,7 +1636,7 @@ impl Ticket {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use std::{collections::BTreeSet, sync::atomic::AtomicBool, task::Wake};
+    use std::{collections::BTreeSet, task::Wake};
 
     use tokio::runtime::Builder;
 
@@ -1644,35 +1646,6 @@ mod tests {
     #[test]
     fn a_waiting_task_costs_its_set_24_bytes() {
         assert_eq!(size_of::<Entry>(), 24);
-    }
-
-    #[test]
-    fn a_response_that_is_held_back_is_woken_if_something_else_ends_its_set() {
-        /// Notes that it was woken.
-        #[derive(Default)]
-        struct Told(AtomicBool);
-        impl Wake for Told {
-            fn wake(self: Arc<Self>) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
-        for tasks in [0, 1] {
-            let registry = TaskRegistry::new().on_panic(OnPanic::FailResponse);
-            let set = Set::new(registry.config(), RequestContext::new());
-            let plan = Plan::new("task", Location::caller());
-            let enter = || set.enter(&plan, None).expect("it is open");
-            let tasks: Vec<_> = (0..tasks).map(|_| enter().member(&set)).collect();
-            let told = Arc::new(Told::default());
-            let waker = told.clone().into();
-            let cx = Context::from_waker(&waker);
-            let round = set.polls.begin();
-            assert!(set.poll_verdict(&cx).is_pending());
-            set.end(End::TimedOut);
-            assert!(told.0.load(Ordering::Relaxed));
-            assert!(matches!(set.poll_verdict(&cx), Poll::Ready(None)));
-            set.end_poll(round);
-            drop(tasks);
-        }
     }
 
     #[test]

@@ -9,7 +9,10 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tower_catch_unwind::{Panic, catch, destructor};
+use tower_catch_unwind::{
+    Panic, catch, destructor,
+    unwinding::{self, Watched},
+};
 use tower_request_context::Scope;
 use tower_response_end::End;
 use tower_spawn_limit::Level;
@@ -306,8 +309,6 @@ pub(crate) struct Member {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Started,
-    /// It is a closure that blocks.
-    Blocks,
     /// It has come to an await, and the set has its waker.
     Waits,
     /// Its future is ready and about to be dropped. What that is dropped in was not left: the set,
@@ -326,12 +327,6 @@ enum Phase {
 impl Member {
     pub(crate) const fn new(set: Arc<Set>, slot: u32, has_home: bool) -> Self {
         Self { set: Some(set), slot, outcome: None, has_home, phase: Phase::Started }
-    }
-
-    /// The same of a closure that blocks.
-    pub(crate) const fn blocks(mut self) -> Self {
-        self.phase = Phase::Blocks;
-        self
     }
 
     #[inline]
@@ -359,7 +354,7 @@ impl Member {
             marks |= CONTEXT;
         }
         let (mut away, mut level) = (None, Level::Free);
-        let mut polled = None;
+        let mut outside = None;
         if marks != 0 {
             level = self.set().level().raise();
             if marks & CONTEXT != 0 {
@@ -369,9 +364,9 @@ impl Member {
                     self.set().enter_home(self.slot, self.has_home, &mut away);
                 }
             }
-            // Between here and the end of it nothing unwinds.
-            if marks & MAY_FAIL != 0 && self.phase != Phase::Blocks {
-                polled = Some(self.set().polls.begin());
+            // From here on nothing unwinds until it is put back.
+            if marks & MAY_FAIL != 0 {
+                outside = Some(unwinding::replace(Some(Watched::new(self.set().clone()))));
             }
         }
         let inside = InTask::enter(self.set.take(), self.slot);
@@ -392,8 +387,10 @@ impl Member {
         }
         let caught = caught.map_err(|panic| self.tell(panic));
         forget(replace(&mut self.set, inside.leave()));
-        if let Some(round) = polled {
-            self.set().end_poll(round);
+        if let Some(outside) = outside {
+            if unwinding::replace(outside).is_some_and(|watched| watched.has_begun()) {
+                self.set().end_unwinding();
+            }
         }
         if marks & CONTEXT != 0 {
             self.has_home |= self.set().leave_home(self.slot, &mut away);

@@ -17,7 +17,7 @@ use crate::{
     set::{Refusal, Set, Ticket},
     stop::Stop,
     sync::OwnedNotified,
-    task::{Cause, Graceful},
+    task::{Blocking, Cause, Graceful},
     within::Line,
 };
 
@@ -493,7 +493,7 @@ impl<O: TaskOwner> NewTask<'_, O> {
         let (plan, stop) = self.plan_with_stop(Location::caller(), true);
         match owner.admit(&plan) {
             Ok((set, ticket)) => {
-                let work = ticket.track_blocking(&set, closure, stop);
+                let work = ticket.track(&set, Blocking::new(closure, stop));
                 Ok(set.spawn_blocking(ticket, work))
             }
             Err(reason) => Err(Refused { reason, future: closure }),
@@ -568,7 +568,7 @@ impl<J> NewTask<'_, GroupHandle<J>> {
         let (plan, stop) = self.plan_with_stop(Location::caller(), true);
         match owner.admit(&plan) {
             Ok((set, ticket, seat)) => {
-                let tracked = ticket.track_blocking(&set, closure, stop);
+                let tracked = ticket.track(&set, Blocking::new(closure, stop));
                 let work = owner.work(tracked, seat);
                 Ok(set.spawn_blocking(ticket, work))
             }

@@ -5,7 +5,7 @@ use tower_spawn_limit::{Level, Permit, Refused, SpawnError, within};
 use crate::{
     GroupHandle, Join, NewTask, StopToken, TaskHandle,
     set::Refusal,
-    task::Graceful,
+    task::{Blocking, Graceful},
     task_set::{Plan, TaskOwner},
 };
 
@@ -123,7 +123,7 @@ impl<O: TaskOwner> Within<'_, O> {
             let (plan, stop) = task.plan_with_stop(site, true);
             match admit(owner, plan, wait).await {
                 Ok((set, ticket)) => {
-                    let work = ticket.track_blocking(&set, closure, stop);
+                    let work = ticket.track(&set, Blocking::new(closure, stop));
                     Ok(set.spawn_blocking(ticket, work))
                 }
                 Err(reason) => Err(Refused { reason, future: closure }),
@@ -231,7 +231,7 @@ impl<J: Sync> Within<'_, GroupHandle<J>> {
             let (plan, stop) = task.plan_with_stop(site, true);
             match admit(owner, plan, wait).await {
                 Ok((set, ticket, seat)) => {
-                    let tracked = ticket.track_blocking(&set, closure, stop);
+                    let tracked = ticket.track(&set, Blocking::new(closure, stop));
                     let work = owner.work(tracked, seat);
                     Ok(set.spawn_blocking(ticket, work))
                 }

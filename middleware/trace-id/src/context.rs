@@ -7,7 +7,11 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tower_catch_unwind::Log;
 use tower_request_context::{Inherit, RequestContext, RequestId, SpanId, Task, TraceId};
-use tracing::{Level, Span, field::display, level_enabled};
+use tracing::{
+    Level, Span,
+    field::{self, display},
+    level_enabled,
+};
 
 use crate::{
     B3, Sampling, TraceParent, TraceState, Trust,
@@ -212,6 +216,7 @@ impl TraceContext {
             trace_id = show.then(|| display(self.trace_id)),
             span_id = show.then(|| display(self.span_id())),
             request_id = show.then(|| display(&self.request_id)),
+            linked_trace_id = field::Empty,
         );
         self.adopt(&span);
         span

@@ -1181,6 +1181,25 @@ async fn what_the_caller_says_does_not_follow_a_request_into_another_trace() {
 }
 
 #[tokio::test]
+async fn what_the_caller_says_does_not_follow_a_call_into_another_trace() {
+    let recorder = Recorder::default();
+    let _installed = recorder.install();
+    let other = "e".repeat(32);
+    let ids = theirs(&other, 7);
+    let hook = move |span: &Span, _: &TraceContext| {
+        (span.metadata().unwrap().name() == "call").then_some(ids)
+    };
+    let layer = TraceIdLayer::new().trust(Trust::Continue).on_span(hook);
+    let headers = [("traceparent", SAMPLED), ("tracestate", "vendor=its")];
+    let (context, _) = serve(layer, request(&headers)).await;
+    let headers = scope(&context).scope(sent(PropagateLayer::new().b3(), request(&[]))).await;
+    assert_eq!(headers["traceparent"], ids.to_string());
+    assert!(!headers.contains_key("tracestate"));
+    assert_eq!(headers["b3"], format!("{other}-0000000000000007-1"));
+    assert_eq!(recorder.span("call").fields["linked_trace_id"], TRACE);
+}
+
+#[tokio::test]
 async fn a_hook_does_not_invent_the_random_flag_of_others() {
     let recorder = Recorder::default();
     let _installed = recorder.install();

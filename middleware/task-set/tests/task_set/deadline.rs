@@ -15,7 +15,7 @@ use tokio::{
     task::coop::{consume_budget, has_budget_remaining},
     time::{Instant, advance},
 };
-use tokio_test::task::spawn;
+use tokio_test::{assert_ready_ok, task::spawn};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_task_set::{
     AtEnd, BodyError, CallError, Cause, End, SpawnError, Stopped, TaskHandle, TaskRegistry,
@@ -544,6 +544,25 @@ fn without_a_time_driver_no_deadline_counts_that_is_over_at_once() {
         settle().await;
     });
     assert_ledger(&tasks, "completed 1, cancelled 2");
+}
+
+#[test]
+fn outside_of_a_runtime_a_response_fails_whose_set_has_ended_at_its_deadline() {
+    let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let tasks = TaskRegistry::new().at_end(AtEnd::Cancel).runtime(runtime.handle().clone());
+    let layer = TaskSetLayer::new(&tasks).deadline(Duration::ZERO);
+    let service = layer.layer(service_fn(|_: Request<()>| async {
+        let task = TaskSet::current().unwrap().spawn("task", forever()).unwrap();
+        assert_eq!(outcome(task).await, Yield::Cancelled(Cause::TimedOut));
+        Ok::<_, Broken>(Response::new(Empty::<Bytes>::new()))
+    }));
+    let mut response = spawn(service.oneshot(Request::new(())));
+    assert!(response.poll().is_pending());
+    runtime.block_on(async {
+        advance(secs(1)).await;
+        settle().await;
+    });
+    assert_eq!(assert_ready_ok!(response.poll()).status(), 504);
 }
 
 #[test]

@@ -1,4 +1,5 @@
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
     sync::{
         Arc,
@@ -6,6 +7,7 @@ use std::{
         mpsc,
     },
     task::{Context, Poll, Wake},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -15,7 +17,7 @@ use http_body_util::{BodyExt, Empty};
 use tokio::runtime::Runtime;
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task::spawn};
 use tower::{Layer, ServiceExt, service_fn};
-use tower_catch_unwind::Panic;
+use tower_catch_unwind::{Panic, install_hook};
 use tower_task_set::{
     AtEnd, BodyError, CallError, Cause, End, NewTask, OnPanic, Stopped, TaskHandle, TaskRegistry,
     TaskSet, TaskSetLayer,
@@ -25,7 +27,7 @@ use crate::{
     log::{events_of, events_so_far},
     support::{
         Broken, COMPLETED, OnDrop, Script, Yield, assert_ledger, current_thread, forever, gate,
-        multi_thread, now, outcome, serve, settle,
+        multi_thread, outcome, serve, settle,
     },
 };
 
@@ -67,25 +69,45 @@ async fn what_a_handler_makes_of_a_panic_that_fails_its_response_is_not_the_answ
 }
 
 /// A task that is in the middle of a poll, where it closes what it has, and then waits.
-struct Unwinds {
+struct Closes {
     task: TaskHandle<()>,
     go_on: mpsc::Sender<()>,
 }
 
-impl Unwinds {
-    /// It closes it for it panics, or just so.
-    fn new(runtime: &Runtime, set: &TaskSet, panics: bool) -> Self {
+/// Why it closes it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Why {
+    Panics,
+    /// It panics, and catches that.
+    Catches,
+    /// It comes to its end.
+    Ends,
+}
+
+const WHYS: [Why; 3] = [Why::Panics, Why::Catches, Why::Ends];
+
+impl Closes {
+    fn new(set: &TaskSet, why: Why, blocks: bool) -> Self {
+        // By which it is known that a panic has begun.
+        install_hook();
         let (tell_closed, closed) = mpsc::channel();
         let (go_on, wait) = mpsc::channel();
-        let task = async move {
+        let close = move || {
             let _closes = OnDrop::new(move || {
                 tell_closed.send(()).unwrap();
                 wait.recv().unwrap();
             });
-            assert!(!panics, "it hurts");
+            assert!(why == Why::Ends, "it hurts");
         };
-        let _here = runtime.enter();
-        let task = set.spawn("task", task).unwrap();
+        let close = move || match why {
+            Why::Catches => drop(catch_unwind(AssertUnwindSafe(close))),
+            _ => close(),
+        };
+        let task = if blocks {
+            set.spawn_blocking("task", |_| close()).unwrap()
+        } else {
+            set.spawn("task", async { close() }).unwrap()
+        };
         closed.recv().unwrap();
         Self { task, go_on }
     }
@@ -96,102 +118,112 @@ impl Unwinds {
     }
 }
 
+fn fails_its_response(runtime: &Runtime) -> (TaskRegistry, TaskSetLayer) {
+    let tasks = TaskRegistry::new().runtime(runtime.handle().clone());
+    let layer = TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse);
+    (tasks, layer)
+}
+
 #[test]
 fn a_head_that_comes_while_a_task_is_unwound_waits_for_that() {
-    for (panics, status) in [(false, 200), (true, 500)] {
+    for (why, blocks) in WHYS.into_iter().flat_map(|why| [(why, false), (why, true)]) {
         let runtime = multi_thread();
-        let tasks = TaskRegistry::new().runtime(runtime.handle().clone());
-        let layer = TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse);
+        let (_, layer) = fails_its_response(&runtime);
         let (tell, told) = mpsc::channel();
         let service = layer.layer(service_fn(|_: Request<()>| {
-            tell.send(Unwinds::new(&runtime, &TaskSet::current().unwrap(), panics)).unwrap();
+            tell.send(Closes::new(&TaskSet::current().unwrap(), why, blocks)).unwrap();
             async { Ok::<_, Broken>(Response::new(Empty::<Bytes>::new())) }
         }));
         let mut response = spawn(service.oneshot(Request::new(())));
-        assert_pending!(response.poll());
-        assert_pending!(response.poll());
-        assert!(!response.is_woken());
-        told.recv().unwrap().go_on(&runtime);
-        assert!(response.is_woken());
-        assert_eq!(assert_ready_ok!(response.poll()).status(), status);
+        if why != Why::Ends {
+            assert_pending!(response.poll());
+            assert_pending!(response.poll());
+            assert!(!response.is_woken());
+            told.recv().unwrap().go_on(&runtime);
+            assert!(response.is_woken());
+        }
+        let status = assert_ready_ok!(response.poll()).status();
+        assert_eq!(status, if why == Why::Panics { 500 } else { 200 });
+        for task in told.try_iter() {
+            task.go_on(&runtime);
+        }
     }
 }
 
 #[test]
 fn a_call_of_another_service_that_ends_while_a_task_is_unwound_waits_for_that() {
-    for panics in [false, true] {
+    for why in WHYS {
         let runtime = multi_thread();
-        let tasks = TaskRegistry::new().runtime(runtime.handle().clone());
-        let layer = TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse).plain();
+        let (_, layer) = fails_its_response(&runtime);
+        let layer = layer.plain();
         let (tell, told) = mpsc::channel();
         let service = layer.layer(service_fn(|()| {
-            tell.send(Unwinds::new(&runtime, &TaskSet::current().unwrap(), panics)).unwrap();
+            tell.send(Closes::new(&TaskSet::current().unwrap(), why, false)).unwrap();
             async { Ok::<_, Broken>(1) }
         }));
         let mut response = spawn(service.oneshot(()));
-        assert_pending!(response.poll());
-        told.recv().unwrap().go_on(&runtime);
+        if why != Why::Ends {
+            assert_pending!(response.poll());
+            told.recv().unwrap().go_on(&runtime);
+        }
         match assert_ready!(response.poll()) {
-            Ok(answer) => assert!(answer == 1 && !panics),
-            Err(error) => assert!(matches!(error, CallError::Stopped(Stopped::Panicked(_)))),
+            Ok(answer) => assert!(answer == 1 && why != Why::Panics),
+            Err(CallError::Stopped(Stopped::Panicked(_))) => assert_eq!(why, Why::Panics),
+            Err(error) => panic!("{error}"),
+        }
+        for task in told.try_iter() {
+            task.go_on(&runtime);
         }
     }
 }
 
 #[test]
 fn an_end_of_a_body_that_comes_while_a_task_is_unwound_waits_for_that() {
-    for panics in [false, true] {
+    for why in WHYS {
         let runtime = multi_thread();
-        let tasks = TaskRegistry::new().runtime(runtime.handle().clone());
-        let layer = TaskSetLayer::new(&tasks);
-        let mut served = serve(&layer.on_panic(OnPanic::FailResponse));
-        let unwinds = Unwinds::new(&runtime, &served.set, panics);
+        let (tasks, layer) = fails_its_response(&runtime);
+        let mut served = serve(&layer);
+        let task = Closes::new(&served.set, why, false);
         // Data pass.
         let data = served.poll(|| Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"data"))))));
         assert!(matches!(data, Poll::Ready(Some(Ok(_)))));
         served.send(|| Poll::Ready(None));
         let mut body = spawn(served.body);
-        let mut poll = || body.enter(|cx, body| body.poll_frame(cx));
-        assert_pending!(poll());
-        unwinds.go_on(&runtime);
-        match assert_ready!(poll()) {
-            None => assert!(!panics),
+        let mut end = body.enter(|cx, body| body.poll_frame(cx));
+        if why != Why::Ends {
+            assert_pending!(end);
+            assert_pending!(body.enter(|cx, body| body.poll_frame(cx)));
+        }
+        task.go_on(&runtime);
+        if why != Why::Ends {
+            assert!(body.is_woken());
+            end = body.enter(|cx, body| body.poll_frame(cx));
+        }
+        match assert_ready!(end) {
+            None => assert_ne!(why, Why::Panics),
             Some(Err(BodyError::Stopped(Stopped::Panicked(panic)))) => {
-                assert_eq!((panic.message(), panics), ("it hurts", true));
+                assert_eq!((panic.message(), why), ("it hurts", Why::Panics));
             }
             Some(frame) => panic!("{frame:?}"),
         }
         drop(body);
         runtime.block_on(tasks.idle());
-        assert_ledger(&tasks, if panics { "panicked 1" } else { "completed 1" });
+        assert_ledger(&tasks, if why == Why::Panics { "panicked 1" } else { "completed 1" });
     }
 }
 
 #[test]
-fn a_response_waits_for_no_task_that_waits_for_it_and_for_none_that_blocks() {
-    // In a poll of the task itself.
-    current_thread().block_on(async {
-        let layer = TaskSetLayer::new(&TaskRegistry::new());
-        let served = serve(&layer.on_panic(OnPanic::FailResponse));
-        served.send(|| Poll::Ready(None));
-        let (set, mut body) = (served.set, served.body);
-        let reads = async move { now(std::future::poll_fn(|cx| body.as_mut().poll_frame(cx))) };
-        assert!(set.spawn("reads", reads).unwrap().await.unwrap().is_none());
-    });
-    // A closure.
+fn a_deadline_ends_a_response_that_is_held_back() {
     let runtime = multi_thread();
-    let tasks = TaskRegistry::new().runtime(runtime.handle().clone());
-    let mut served = serve(&TaskSetLayer::new(&tasks).on_panic(OnPanic::FailResponse));
-    let (tell_begun, begun) = mpsc::channel();
-    let (go_on, wait) = mpsc::channel::<()>();
-    let closure = move |_| {
-        tell_begun.send(()).unwrap();
-        wait.recv().unwrap_err();
-    };
-    served.set.spawn_blocking("blocks", closure).unwrap();
-    begun.recv().unwrap();
-    assert!(assert_ready!(served.poll(|| Poll::Ready(None))).is_none());
-    drop(go_on);
+    let (_, layer) = fails_its_response(&runtime);
+    let (tell, told) = mpsc::channel();
+    let service = layer.deadline(Duration::from_millis(1)).layer(service_fn(|_: Request<()>| {
+        tell.send(Closes::new(&TaskSet::current().unwrap(), Why::Panics, false)).unwrap();
+        async { Ok::<_, Broken>(Response::new(Empty::<Bytes>::new())) }
+    }));
+    let response = current_thread().block_on(service.oneshot(Request::new(())));
+    assert_eq!(response.unwrap().status(), 504);
+    told.recv().unwrap().go_on(&runtime);
 }
 
 #[test]
