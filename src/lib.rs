@@ -34,7 +34,7 @@
 //! | [`ShieldLayer`](task_set::ShieldLayer) outside of [`TaskSetLayer`] | there is no set that could own the handler: the answer is 500 |
 //! | [`CatchUnwindLayer`] inside of [`ShieldLayer`](task_set::ShieldLayer) | the handler's task has answered: neither ledger nor [`OnPanic`](task_set::OnPanic) hear of its panic |
 //! | a retry inside of [`TaskSetLayer`] | all attempts share one set and its limit, and the tasks of an attempt that failed go on beside those of the next; outside, each attempt has a set that ends with it |
-//! | tower's `Buffer` inside of any of ours | its `call` runs on another task: there nothing is current, only in the future. `.in_extensions()` puts what is needed into the request |
+//! | tower's `Buffer` inside of any of ours | its `call` runs on another task: there nothing is current, only in the future. `.in_extensions()` puts what is needed into the request; a [`SpawnLimitLayer`] has no such thing, and is not in force for what is spawned in that `call`, as a handler under [`ShieldLayer`](task_set::ShieldLayer) is |
 //! | tower-http's `SetRequestIdLayer` inside of [`TraceIdLayer`] | the handler reads another id than log and response have; outside, its id is taken over |
 //! | tower's `LoadShed` around [`RequestLimitLayer`] | it sheds what finds the service not ready, and the limit is always ready: it refuses in `call`, without help |
 //! | tower's `ConcurrencyLimit`, on either side | its permit comes back with the head, while body and tasks go on |
@@ -67,7 +67,9 @@
 //!
 //! # Hosts
 //!
-//! axum, hyper and tonic take the layers as they are. Tested besides, with the same layers:
+//! axum, hyper and tonic take the layers as they are. (Around a whole `Router`, and not by its
+//! `layer`, axum wants its own body back: `.map_response(|response| response.map(Body::new))`.)
+//! Tested besides, with the same layers:
 //!
 //! | host | layers | where they go | mind |
 //! |---|---|---|---|

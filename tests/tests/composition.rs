@@ -306,6 +306,59 @@ async fn behind_a_buffer_the_call_has_no_set_but_the_one_in_the_type_map() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn behind_a_buffer_tasks_and_calls_have_the_context_in_the_type_map() {
+    /// What the handler has, a child task, one that is spawned from a bare task, and a call.
+    async fn seen() -> [Option<(&'static str, String)>; 3] {
+        let has = || {
+            let context = RequestContext::current();
+            let id = context.get::<TraceContext>().map(|context| context.trace_id().to_string());
+            context.get::<&'static str>().copied().zip(id)
+        };
+        let set = TaskSet::current().unwrap();
+        let child = set.spawn("child", async move { has() }).unwrap().await.unwrap();
+        let moved = async move { set.spawn("moved", async move { has() }).unwrap().await.unwrap() };
+        [has(), child, tokio::spawn(moved).await.unwrap()]
+    }
+    let handler = service_fn(|_: Request<String>| async {
+        let [handler, child, moved] = seen().await;
+        assert_eq!((&child, &moved), (&handler, &handler));
+        let (_, id) = handler.unwrap();
+        Ok::<_, Infallible>(Response::new(http_body_util::Full::new(Bytes::from(id))))
+    });
+    let outer = || {
+        let values = RequestContextLayer::new(|_: &Request<String>| "value").in_extensions();
+        let name = http::HeaderName::from_static("x-trace-id");
+        let trace_id = TraceIdLayer::new().in_extensions().trace_id_header(name);
+        (trace_id, values, BufferLayer::new(1))
+    };
+    let tasks = || TaskSetLayer::new(&TaskRegistry::new());
+    for stack in [
+        wrap(&(outer(), tasks()), handler),
+        wrap(&(outer(), tasks(), ShieldLayer::new("shield")), handler),
+        wrap(&(outer(), tasks().in_extensions()), handler),
+        wrap(&(outer(), tasks().in_extensions(), ShieldLayer::new("shield")), handler),
+    ] {
+        let reply = stack.oneshot(request("/")).await.unwrap();
+        let told = reply.headers()["x-trace-id"].clone();
+        assert_eq!(reply.into_body().collect().await.unwrap().to_bytes(), told.as_bytes());
+    }
+    // A client of the handler's own, which hands its request's context over.
+    let client = service_fn(|call: Request<String>| async move {
+        Ok::<_, Infallible>(call.headers().get("traceparent").is_some())
+    });
+    let client = (BufferLayer::new(1), PropagateLayer::new()).layer(client);
+    let context = RequestContext::new().with_inherited(TraceContext::start());
+    for (hands_over, is_sent) in [(true, true), (false, false)] {
+        let mut call = request("/");
+        if hands_over {
+            call.extensions_mut().insert(context.clone());
+        }
+        let sent = context.clone().scope(client.clone().oneshot(call)).await.unwrap();
+        assert_eq!(sent, is_sent);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_request_id_of_an_outer_layer_is_taken_over_and_an_inner_one_makes_another() {
     let set = SetRequestIdLayer::x_request_id(MakeRequestUuid);
     let handler = service_fn(async |request: Request<String>| {

@@ -9,6 +9,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use http::Extensions;
 use pin_project_lite::pin_project;
 use tracing::Span;
 
@@ -93,6 +94,13 @@ impl RequestContext {
             here.replace(current);
             clone
         })
+    }
+
+    /// The [current](Self::current) context; or where that is empty, as in a `call` behind tower's
+    /// `Buffer`, the one in a request's type map, which `.in_extensions()` of a layer puts there.
+    pub fn of(extensions: &Extensions) -> Self {
+        let current = Self::current();
+        if current.is_empty() { extensions.get().cloned().unwrap_or_default() } else { current }
     }
 
     /// Whether there are no values: nothing is being served here that has any.

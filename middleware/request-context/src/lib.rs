@@ -19,7 +19,7 @@
 //! | a task or a blocking closure of `tower-task-set` | yes |
 //! | `tokio::spawn`, `tokio::task::spawn_blocking`, `std::thread::spawn` | no: move it in, then `scope` or `sync_scope` |
 //! | axum's `on_upgrade` callback | no: likewise |
-//! | `call` of a service behind tower's `Buffer` | no: use the type map; its future sees it |
+//! | `call` of a service behind tower's `Buffer` | no: put it into the type map, for [`of`](RequestContext::of); its future sees it |
 //!
 //! # Example
 //!
@@ -181,15 +181,10 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let value = self.layer.make.make_value(&request);
-        let mut outer = RequestContext::current();
         let carried = request.extensions().get::<RequestContext>();
         // What is in the type map must not fall behind: extractors look there first.
         let in_extensions = self.layer.in_extensions || carried.is_some();
-        if let Some(carried) = carried.filter(|_| outer.is_empty()) {
-            // Behind a buffer, say, where nothing is current.
-            outer = carried.clone();
-        }
-        let context = outer.with(value);
+        let context = RequestContext::of(request.extensions()).with(value);
         if in_extensions {
             request.extensions_mut().insert(context.clone());
         }

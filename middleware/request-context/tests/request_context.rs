@@ -606,6 +606,16 @@ fn what_is_current_outside_of_a_layer_counts_and_not_what_the_type_map_had() {
     assert_eq!(*notes.lock().unwrap(), [Some((Some(8), Some("ada"), true))]);
 }
 
+#[test]
+fn the_context_in_a_type_map_counts_where_none_is_current() {
+    let mut map = http::Extensions::new();
+    assert!(RequestContext::of(&map).is_empty());
+    map.insert(context_of(7));
+    assert_eq!(RequestContext::of(&map).sync_scope(tenant), Some(7));
+    let current = context_of(8).sync_scope(|| RequestContext::of(&map));
+    assert_eq!(current.sync_scope(tenant), Some(8));
+}
+
 #[tokio::test]
 async fn behind_a_buffer_an_inner_layer_adds_to_the_context_in_the_type_map() {
     let notes = TypeMapNotes::default();

@@ -27,7 +27,8 @@ use crate::{Acquire, Level, Permit, SpawnError, SpawnLimit};
 /// or its client's leaving, an upgraded connection as long as it is [held]. One that is too many is
 /// refused, at once or after a [wait](Self::wait): with 503 and Retry-After as a problem document
 /// (RFC 9457), with status 8 (`RESOURCE_EXHAUSTED`) for gRPC. An instance that was polled ready
-/// takes nothing from others.
+/// takes nothing from others. The inner service has to be `Clone`: a request that waits takes the
+/// instance with it that was polled ready.
 ///
 /// A clone is the same limit, and tells its figures.
 ///

@@ -194,7 +194,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
 use tower_layer::Layer;
-use tower_request_context::Dialect;
+use tower_request_context::{Dialect, RequestContext};
 use tower_response_end::{Asked, RequestBody, WithRequestBody};
 use tower_service::Service;
 
@@ -369,7 +369,8 @@ impl<S, P> WithTaskSet<S, P> {
         };
         // What is in the type map must not fall behind: the extractor looks there first.
         if self.layer.in_extensions || request.extensions().get::<TaskSet>().is_some() {
-            if let Some(set) = scope.set() {
+            // Made now, so with the values that are known now.
+            if let Some(set) = RequestContext::of(request.extensions()).sync_scope(|| scope.set()) {
                 request.extensions_mut().insert(TaskSet::new(set));
             }
         }

@@ -13,7 +13,7 @@ use http::{Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
-use tower_request_context::{Answer, Dialect};
+use tower_request_context::{Answer, Dialect, RequestContext};
 use tower_service::Service;
 
 use crate::{AtEnd, Http, NoTaskSet, Plain, SpawnError, Stopped, TaskError, TaskHandle, TaskSet};
@@ -157,9 +157,13 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let dialect = Dialect::of(&request);
         let set = request.extensions().get::<TaskSet>().cloned();
-        let set = set.map_or_else(TaskSet::current, Ok);
-        let future = self.inner.call(request);
-        ShieldFuture { state: self.layer.spawn(set, future), dialect, protocol: PhantomData }
+        // The future is a task, in the context that is known now.
+        let state = RequestContext::of(request.extensions()).sync_scope(|| {
+            // The set too may be made now.
+            let set = set.map_or_else(TaskSet::current, Ok);
+            self.layer.spawn(set, self.inner.call(request))
+        });
+        ShieldFuture { state, dialect, protocol: PhantomData }
     }
 }
 

@@ -311,14 +311,10 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let layer = &self.layer;
-        let mut outer = RequestContext::current();
+        let outer = RequestContext::of(request.extensions());
         let carried = request.extensions().get::<RequestContext>();
         // What is in the type map must not fall behind: extractors look there first.
         let in_extensions = layer.in_extensions || carried.is_some();
-        if let Some(carried) = carried.filter(|_| outer.is_empty()) {
-            // Behind a buffer, say, where nothing is current.
-            outer = carried.clone();
-        }
         let choose = || layer.trust.choose_trust(&request);
         let trust = match &layer.log {
             Some(log) => log.call("trust", choose).unwrap_or_default(),

@@ -9,6 +9,7 @@ use http::{Request, Uri};
 use pin_project_lite::pin_project;
 use tower_catch_unwind::Log;
 use tower_layer::Layer;
+use tower_request_context::RequestContext;
 use tower_service::Service;
 use tracing::Span;
 
@@ -16,8 +17,9 @@ use crate::{TraceContext, context};
 
 /// Adds the trace context of the request or the task that calls to what a client sends.
 ///
-/// It fits any client that is a `Service<http::Request<B>>`: hyper-util's, tonic's channel. A call
-/// made where there is no context is sent as it is.
+/// It fits any client that is a `Service<http::Request<B>>`: hyper-util's, tonic's channel. Where
+/// there is no context, as behind tower's `Buffer`, the [`RequestContext`] in the call's type map
+/// counts; a call that has none either is sent as it is.
 ///
 /// # Redirects
 ///
@@ -118,7 +120,9 @@ where
         let mut span = Span::none();
         if !self.layer.allows(request.uri()) {
             context::remove(request.headers_mut());
-        } else if let Some(mut call) = TraceContext::current().map(|context| context.call()) {
+        } else if let Some(context) = RequestContext::of(request.extensions()).get::<TraceContext>()
+        {
+            let mut call = context.call();
             span = call.open_call();
             call.write(request.headers_mut(), self.layer.b3);
         }
