@@ -412,9 +412,7 @@ impl Both {
             }
             Step::End(n, end) => {
                 let Some(n) = request(*n) else { return };
-                if self.sets[n].end(*end) {
-                    self.model.end(n, *end);
-                }
+                self.end(n, *end);
             }
             Step::Look(n) => {
                 let Some(n) = request(*n) else { return };
@@ -507,6 +505,14 @@ impl Both {
     }
 
     /// All responses end, and then all else does.
+    fn end(&mut self, n: usize, end: End) {
+        if self.sets[n].end(end) {
+            // What a body yields of its own comes too late once it is to fail.
+            let is_late = self.model.requests[n].fails && end != End::Disconnected;
+            self.model.end(n, if is_late { End::Panicked } else { end });
+        }
+    }
+
     async fn finish(mut self) {
         self.settle().await;
         for n in 0..self.sets.len() {
@@ -516,9 +522,7 @@ impl Both {
             if let Some(end) = request.held.take() {
                 self.model.end(n, end);
             }
-            if self.sets[n].end(End::Completed) {
-                self.model.end(n, End::Completed);
-            }
+            self.end(n, End::Completed);
         }
         self.settle().await;
         self.compare(usize::MAX, &Step::Close);
