@@ -49,7 +49,7 @@ pub fn record(info: &PanicHookInfo<'_>) -> bool {
         return false;
     }
     // First: to take a backtrace may take a while.
-    unwinding::begin();
+    unwinding::begin(depth);
     let backtrace = Backtrace::capture();
     let record = Record {
         message: message_of(info.payload()),
@@ -100,22 +100,23 @@ pub mod unwinding {
     use std::{cell::Cell, fmt, sync::Arc};
 
     /// What is told of a panic on the thread where it is [current](replace).
-    pub trait Watch: fmt::Debug + Send + Sync {
+    pub trait Observer: fmt::Debug + Send + Sync {
         /// A panic has been recorded, and is about to unwind. Called in the panic hook, where a
         /// panic aborts the process.
-        fn begin(&self);
+        fn unwinds(&self);
     }
 
-    /// A watch, and whether it was told.
+    /// An observer of the panics that the next catcher is to catch, and whether it was told of one.
     #[derive(Debug)]
-    pub struct Watched {
-        watch: Arc<dyn Watch>,
+    pub struct Observed {
+        observer: Arc<dyn Observer>,
+        depth: u32,
         has_begun: bool,
     }
 
-    impl Watched {
-        pub fn new(watch: Arc<dyn Watch>) -> Self {
-            Self { watch, has_begun: false }
+    impl Observed {
+        pub fn new(observer: Arc<dyn Observer>) -> Self {
+            Self { observer, depth: super::depth() + 1, has_begun: false }
         }
 
         /// Whether a panic has begun since.
@@ -125,21 +126,21 @@ pub mod unwinding {
     }
 
     thread_local! {
-        static HERE: Cell<Option<Watched>> = const { Cell::new(None) };
+        static HERE: Cell<Option<Observed>> = const { Cell::new(None) };
     }
 
     /// Makes it current on this thread, and yields what was.
-    pub fn replace(watched: Option<Watched>) -> Option<Watched> {
-        HERE.try_with(|here| here.replace(watched)).ok().flatten()
+    pub fn replace(observed: Option<Observed>) -> Option<Observed> {
+        HERE.try_with(|here| here.replace(observed)).ok().flatten()
     }
 
-    pub(super) fn begin() {
-        let Some(mut watched) = replace(None) else { return };
-        if !watched.has_begun {
-            watched.has_begun = true;
-            watched.watch.begin();
+    pub(super) fn begin(depth: u32) {
+        let Some(mut observed) = replace(None) else { return };
+        if observed.depth == depth && !observed.has_begun {
+            observed.has_begun = true;
+            observed.observer.unwinds();
         }
-        replace(Some(watched));
+        replace(Some(observed));
     }
 }
 

@@ -98,6 +98,7 @@ impl RequestContext {
 
     /// The [current](Self::current) context; or where that is empty, as in a `call` behind tower's
     /// `Buffer`, the one in a request's type map, which `.in_extensions()` of a layer puts there.
+    /// (Extractors look there first, for they run in the handler.)
     pub fn of(extensions: &Extensions) -> Self {
         let current = Self::current();
         if current.is_empty() { extensions.get().cloned().unwrap_or_default() } else { current }

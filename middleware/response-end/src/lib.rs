@@ -725,7 +725,7 @@ fn poll<F: Future>(
 #[cold]
 #[inline(never)]
 fn take<T>(kept: &mut Kept<T>) -> Poll<T> {
-    kept.take().map_or(Poll::Pending, |output| Poll::Ready(*output))
+    Poll::Ready(*kept.take().expect("polled after it was ready"))
 }
 
 #[cold]
@@ -908,9 +908,10 @@ impl<B: Body, W: Watch> ResponseBody<B, W> {
             watched.left = watched.left.saturating_sub(u64::try_from(len).unwrap_or(u64::MAX));
         }
         // The last data pass, by the length that was told. The body's word that they are the last is
-        // one of its own ends, which may come too late.
+        // one of its own ends, which may come too late; so are trailers that tell how it went.
         let mut is_held = false;
-        if watched.left > 0 || frame.is_pending() {
+        let is_told_later = || !is_data && watched.in_trailers;
+        if watched.left > 0 || frame.is_pending() || is_told_later() {
             let is_to_come = is_data && !at_end || frame.is_pending();
             match ask(&mut watched.watch, cx, is_to_come) {
                 Poll::Ready(None) => {}

@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, Version};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::Empty;
 use tokio_test::{
@@ -315,6 +315,21 @@ fn an_end_of_a_body_that_comes_too_late_is_not_passed_on() {
     assert_eq!(data(next()), "hello");
     assert!(assert_ready!(next()).is_none());
     assert_eq!(test.seen(), [Seen::Ended(Completed)]);
+    // But the trailers after them are, if they tell the client how it went.
+    let test = Test::new(Stopped::TimedOut);
+    let script = Script { trailers: true, ..Script::new(&test, [Some("hello")]) };
+    let mut response = Response::new(script);
+    response.headers_mut().insert("content-length", 5.into());
+    response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
+    let future = ready(Answer::Ok(response));
+    let mut call = test.call(&grpc(Version::HTTP_2), future);
+    let mut body = spawn(assert_ready_ok!(call.poll()).into_body());
+    test.too_late.set(true);
+    let mut next = || body.enter(|cx, body| body.poll_frame(cx));
+    assert_eq!(data(next()), "hello");
+    let trailers = assert_ready!(next()).unwrap().unwrap().into_trailers().unwrap();
+    assert_eq!(trailers["grpc-status"], "4");
+    assert_eq!(test.seen().last(), Some(&Seen::Ended(TimedOut)));
 }
 
 #[test]

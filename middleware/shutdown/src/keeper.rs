@@ -53,6 +53,9 @@ pub(crate) fn start(state: &Arc<State>, with_signals: bool) -> io::Result<()> {
             Ok(signals) => {
                 LISTENING.fetch_add(signals.is_some().into(), SeqCst);
                 drop(tell.send(Ok(())));
+                if with_signals && signals.is_none() {
+                    Line::NoSignals.say();
+                }
                 runtime.block_on(keeper.run(signals));
             }
             Err(error) => drop(tell.send(Err(error))),

@@ -20,6 +20,7 @@ pub(crate) const LAST_LINE_IN_A_HURRY: Duration = Duration::from_millis(50);
 
 /// A line of the log.
 pub(crate) enum Line {
+    NoSignals,
     Begun { budget: Duration, requests: u32, tasks: u64 },
     CutShort,
     ThirdSignal(i32),
@@ -32,6 +33,12 @@ pub(crate) enum Line {
 impl Line {
     fn log(self) {
         match self {
+            Self::NoSignals => {
+                tracing::warn!(
+                    "no signal begins the shutdown: enable the feature `signal`, or say \
+                     `without_signals()`"
+                );
+            }
             Self::Begun { budget, requests, tasks } => {
                 tracing::info!(?budget, requests, tasks, "shutting down");
             }
@@ -42,8 +49,14 @@ impl Line {
             Self::NoShutdownLeft(signal) => {
                 tracing::warn!(signal, "no shutdown is left: the process exits");
             }
-            Self::Report(report) if report.forced.is_empty() => tracing::info!("{report}"),
-            Self::Report(report) => tracing::error!("{report}"),
+            Self::Report(report) => {
+                let forced = report.forced.len();
+                if forced == 0 {
+                    tracing::info!(forced, "{report}");
+                } else {
+                    tracing::error!(forced, "{report}");
+                }
+            }
             Self::Stuck(report) => {
                 tracing::error!(
                     "the runtime is stuck: the shutdown is reported from another thread"

@@ -12,6 +12,7 @@ use std::{
 use tokio::time::{Instant, Sleep, sleep_until};
 use tower_catch_unwind::catch;
 use tower_task_set::TaskRegistry;
+use tracing::field;
 
 use crate::{
     PlanError, Report, ShutdownLayer, ShutdownWatch,
@@ -349,7 +350,8 @@ impl Alarm {
                 self.progress = now.checked_add(PROGRESS);
                 let Left { requests, tasks } = state.left();
                 let remaining = course.deadline().map(|at| at.saturating_duration_since(now));
-                say(|| tracing::info!(requests, tasks, ?remaining, "shutting down"));
+                let remaining = remaining.map(field::debug);
+                say(|| tracing::info!(requests, tasks, remaining, "still shutting down"));
             }
             let next = course.end().into_iter().chain(self.progress).min();
             let Some(next) = next.filter(|_| !self.timeless) else { return };

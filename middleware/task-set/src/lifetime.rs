@@ -55,8 +55,11 @@ pub enum OnPanic {
     ///
     /// A panic closes the task's channels before it is known, and a body may take that for the end
     /// of its data. So a response that comes to an end of its own is held back while a panic unwinds
-    /// one of its tasks. For that, the [hook](tower_catch_unwind::install_hook) must be installed:
-    /// without it, await the [`TaskHandle`](crate::TaskHandle) of what feeds the response.
+    /// a poll of one of its tasks, or a closure that blocks. That is known by the
+    /// [hook](tower_catch_unwind::install_hook): without it, or of a panic that `resume_unwind` goes
+    /// on with, or that begins while a task is dropped, it is not. Then, await the
+    /// [`TaskHandle`](crate::TaskHandle) of what feeds the response. A task that catches a panic by
+    /// other means than [`catch`](tower_catch_unwind::catch()) holds it back until its next await.
     FailResponse,
 }
 

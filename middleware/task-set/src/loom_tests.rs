@@ -18,7 +18,7 @@ use std::{
 
 use loom::{future::block_on, thread};
 use tokio::time::Instant;
-use tower_catch_unwind::{Panic, unwinding::Watch};
+use tower_catch_unwind::{Panic, unwinding::Observer};
 use tower_request_context::RequestContext;
 use tower_response_end::End;
 use tower_spawn_limit::SpawnError;
@@ -535,7 +535,7 @@ fn an_end_that_a_panic_brings_about_is_held_back_until_the_task_is_unwound() {
         let task = thread::spawn({
             let (set, closed) = (set.clone(), closed.clone());
             move || {
-                set.begin();
+                set.unwinds();
                 closed.store(true, sync::Ordering::Release);
                 panics(&set, &member);
                 set.end_unwinding();
@@ -565,7 +565,7 @@ fn an_end_that_is_held_back_passes_when_the_task_has_caught_its_panic_or_the_set
         let seen = outcomes(move || {
             let registry = TaskRegistry::new().on_panic(OnPanic::FailResponse);
             let set = set(&registry);
-            set.begin();
+            set.unwinds();
             let other = thread::spawn({
                 let set = set.clone();
                 move || if ends { set.end(End::TimedOut) } else { set.end_unwinding() }

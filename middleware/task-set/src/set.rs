@@ -1002,8 +1002,10 @@ impl Set {
     #[cold]
     pub(crate) fn poll_verdict(&self, cx: &Context<'_>) -> Poll<Option<Panic>> {
         if self.is_unwinding() {
+            // The code of others.
+            let waker = cx.waker().clone();
             let mut inner = self.lock();
-            let old = inner.response.replace(cx.waker().clone());
+            let old = inner.response.replace(waker);
             // Whoever ends it, or ends to unwind, takes the waker after that.
             let waits = inner.failed().is_none() && inner.end().is_none() && self.is_unwinding();
             drop(inner);
@@ -1025,7 +1027,7 @@ impl Set {
         self.unwinding.load(Ordering::Acquire) > 0
     }
 
-    /// The poll of a task is over in which a panic [had begun](unwinding::Watch).
+    /// The poll of a task is over in which a panic [had begun](unwinding::Observer).
     #[cold]
     pub(crate) fn end_unwinding(&self) {
         let mut inner = self.lock();
@@ -1073,7 +1075,8 @@ impl Set {
         match own.or(self.policy(&inner).for_panic()).unwrap_or_default() {
             OnPanic::CancelSiblings if !self.own => {
                 drop(inner);
-                self.cancel(Cause::Sibling);
+                // It wakes others, where the task cannot unwind.
+                drop(catch(|| self.cancel(Cause::Sibling)));
             }
             OnPanic::FailResponse if inner.end().is_none() => {
                 inner.rare_mut().failed.get_or_insert_with(|| panic.clone());
@@ -1498,8 +1501,8 @@ impl Set {
 }
 
 /// No lock: it may be held where the panic is.
-impl unwinding::Watch for Set {
-    fn begin(&self) {
+impl unwinding::Observer for Set {
+    fn unwinds(&self) {
         // What the panic does from now on is seen after this.
         self.unwinding.fetch_add(1, Ordering::Relaxed);
     }

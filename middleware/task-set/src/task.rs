@@ -11,7 +11,7 @@ use std::{
 use pin_project_lite::pin_project;
 use tower_catch_unwind::{
     Panic, catch, destructor,
-    unwinding::{self, Watched},
+    unwinding::{self, Observed},
 };
 use tower_request_context::Scope;
 use tower_response_end::End;
@@ -366,7 +366,7 @@ impl Member {
             }
             // From here on nothing unwinds until it is put back.
             if marks & MAY_FAIL != 0 {
-                outside = Some(unwinding::replace(Some(Watched::new(self.set().clone()))));
+                outside = Some(unwinding::replace(Some(Observed::new(self.set().clone()))));
             }
         }
         let inside = InTask::enter(self.set.take(), self.slot);
@@ -388,7 +388,7 @@ impl Member {
         let caught = caught.map_err(|panic| self.tell(panic));
         forget(replace(&mut self.set, inside.leave()));
         if let Some(outside) = outside {
-            if unwinding::replace(outside).is_some_and(|watched| watched.has_begun()) {
+            if unwinding::replace(outside).is_some_and(|observed| observed.has_begun()) {
                 self.set().end_unwinding();
             }
         }

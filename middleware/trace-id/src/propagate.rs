@@ -18,8 +18,8 @@ use crate::{TraceContext, context};
 /// Adds the trace context of the request or the task that calls to what a client sends.
 ///
 /// It fits any client that is a `Service<http::Request<B>>`: hyper-util's, tonic's channel. Where
-/// there is no context, as behind tower's `Buffer`, the [`RequestContext`] in the call's type map
-/// counts; a call that has none either is sent as it is.
+/// there is no trace context, as behind tower's `Buffer`, that of the [`RequestContext`] in the call's
+/// type map counts; a call that has none either is sent as it is.
 ///
 /// # Redirects
 ///
@@ -120,15 +120,20 @@ where
         let mut span = Span::none();
         if !self.layer.allows(request.uri()) {
             context::remove(request.headers_mut());
-        } else if let Some(context) = RequestContext::of(request.extensions()).get::<TraceContext>()
-        {
-            let mut call = context.call();
+        } else if let Some(mut call) = call_of(&request) {
             span = call.open_call();
             call.write(request.headers_mut(), self.layer.b3);
         }
         let inner = span.in_scope(|| self.inner.call(request));
         CallFuture { inner: Some(inner), span }
     }
+}
+
+/// The call, made from here; or, behind tower's `Buffer` say, from where the type map comes from.
+fn call_of<B>(request: &Request<B>) -> Option<TraceContext> {
+    let carried = request.extensions().get::<RequestContext>();
+    let has_call = |context: &RequestContext| context.get().map(TraceContext::call);
+    has_call(&RequestContext::current()).or_else(|| carried.and_then(has_call))
 }
 
 pin_project! {

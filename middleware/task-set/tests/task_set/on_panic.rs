@@ -14,10 +14,10 @@ use bytes::Bytes;
 use http::{Request, Response, Version};
 use http_body::{Body, Frame};
 use http_body_util::{BodyExt, Empty};
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Runtime};
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok, task::spawn};
 use tower::{Layer, ServiceExt, service_fn};
-use tower_catch_unwind::{Panic, install_hook};
+use tower_catch_unwind::{Panic, catch, install_hook};
 use tower_task_set::{
     AtEnd, BodyError, CallError, Cause, End, NewTask, OnPanic, Stopped, TaskHandle, TaskRegistry,
     TaskSet, TaskSetLayer,
@@ -213,8 +213,35 @@ fn an_end_of_a_body_that_comes_while_a_task_is_unwound_waits_for_that() {
 }
 
 #[test]
+fn a_response_is_not_held_back_for_a_panic_that_was_caught() {
+    install_hook();
+    for blocks in [false, true] {
+        let runtime = multi_thread();
+        let (_, layer) = fails_its_response(&runtime);
+        let mut served = serve(&layer);
+        let (tell, caught) = mpsc::channel();
+        let (go_on, wait) = mpsc::channel::<()>();
+        let work = move || {
+            catch(|| panic!("it hurts")).unwrap_err();
+            tell.send(()).unwrap();
+            wait.recv().unwrap_err();
+        };
+        let task = if blocks {
+            served.set.spawn_blocking("task", move |_| work()).unwrap()
+        } else {
+            served.set.spawn("task", async move { work() }).unwrap()
+        };
+        caught.recv().unwrap();
+        assert!(assert_ready!(served.poll(|| Poll::Ready(None))).is_none());
+        drop(go_on);
+        assert_eq!(runtime.block_on(outcome(task)), COMPLETED);
+    }
+}
+
+#[test]
 fn a_deadline_ends_a_response_that_is_held_back() {
-    let runtime = multi_thread();
+    // Where the tasks are, nobody keeps the time.
+    let runtime = Builder::new_multi_thread().worker_threads(1).build().unwrap();
     let (_, layer) = fails_its_response(&runtime);
     let (tell, told) = mpsc::channel();
     let service = layer.deadline(Duration::from_millis(1)).layer(service_fn(|_: Request<()>| {
