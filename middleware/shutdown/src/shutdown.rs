@@ -65,9 +65,10 @@ impl Shutdown {
 
     /// Tells requests and tasks to end so long before the budget is spent. It is the time of
     /// graceful tasks to come to their end, and of the server to hand out the last answers. The
-    /// default is a fifth of the budget, one second at most.
+    /// default is a fifth of the budget, one second at most, and no more than the settle delay leaves.
     ///
-    /// How to choose it: as long as your graceful tasks need once they are told.
+    /// How to choose it: as long as your graceful tasks need once they are told. Theirs, of 5 seconds
+    /// by default, is cut short by it.
     pub fn grace(self, grace: Duration) -> Self {
         self.0.settings().plan.grace = Some(grace);
         self

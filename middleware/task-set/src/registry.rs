@@ -177,6 +177,10 @@ impl TaskRegistry {
     /// Spawns a task that belongs to no request and is not just dropped when it is told to end:
     /// see [`TaskSet::spawn_graceful`](crate::TaskSet::spawn_graceful).
     ///
+    /// It is told when [all are cancelled](Self::cancel_all): by tower-tasks' shutdown, when that
+    /// has drained, so close to the deadline. A worker that never comes to its end by itself also
+    /// watches for the drain (`ShutdownWatch::draining`), or each shutdown takes all of its budget.
+    ///
     /// # Errors
     ///
     /// As [`spawn`](Self::spawn); the closure comes back.

@@ -363,8 +363,8 @@ impl<'a, O> NewTask<'a, O> {
 
     /// How long a graceful task may go on after it was told to end. The default is 5 seconds.
     ///
-    /// Choose what it takes to leave things in order, and less than the process has for its
-    /// shutdown. Zero is none: the task is dropped at its next await.
+    /// Choose what it takes to leave things in order. At a shutdown it has no more than the grace of
+    /// that, which is then to be as long. Zero is none: the task is dropped at its next await.
     ///
     /// It changes nothing for other tasks.
     pub fn grace(mut self, grace: Duration) -> Self {
