@@ -31,10 +31,10 @@
 //! | order | why not |
 //! |---|---|
 //! | [`CatchUnwindLayer`] inside of [`ResponseEndLayer`] or [`TaskSetLayer`] | they see what became of a panic of the body: an error, or with gRPC trailers. The end is `Failed` or `Completed`, and not `Panicked` |
-//! | [`ShieldLayer`](task_set::ShieldLayer) outside of [`TaskSetLayer`] | there is no set that could own the handler: the answer is 500 |
-//! | [`CatchUnwindLayer`] inside of [`ShieldLayer`](task_set::ShieldLayer) | the handler's task has answered: neither ledger nor [`OnPanic`](task_set::OnPanic) hear of its panic |
+//! | [`ShieldLayer`] outside of [`TaskSetLayer`] | there is no set that could own the handler: the answer is 500 |
+//! | [`CatchUnwindLayer`] inside of [`ShieldLayer`] | the handler's task has answered: neither ledger nor [`OnPanic`] hear of its panic |
 //! | a retry inside of [`TaskSetLayer`] | all attempts share one set and its limit, and the tasks of an attempt that failed go on beside those of the next; outside, each attempt has a set that ends with it |
-//! | tower's `Buffer` inside of any of ours | its `call` runs on another task: there nothing is current, only in the future. `.in_extensions()` puts what is needed into the request; a [`SpawnLimitLayer`] has no such thing, and is not in force for what is spawned in that `call`, as a handler under [`ShieldLayer`](task_set::ShieldLayer) is |
+//! | tower's `Buffer` inside of any of ours | its `call` runs on another task: there nothing is current, only in the future. `.in_extensions()` puts what is needed into the request; a [`SpawnLimitLayer`] has no such thing, and is not in force for what is spawned in that `call`, as a handler under [`ShieldLayer`] is |
 //! | tower-http's `SetRequestIdLayer` inside of [`TraceIdLayer`] | the handler reads another id than log and response have; outside, its id is taken over |
 //! | tower's `LoadShed` around [`RequestLimitLayer`] | it sheds what finds the service not ready, and the limit is always ready: it refuses in `call`, without help |
 //! | tower's `ConcurrencyLimit`, on either side | its permit comes back with the head, while body and tasks go on |
@@ -46,7 +46,7 @@
 //! | a task of [`TaskSet`] | as its [`AtEnd`] says for `Disconnected` | the same, or for `Completed` if all bytes have passed | as it says for `TimedOut` | drains within the budget, is cancelled, then aborted |
 //! | a task of [`TaskRegistry`], or one that is kept | nothing | nothing | nothing | the same |
 //! | a closure in `spawn_blocking` | is asked to stop if its task is told to end | the same | the same | is asked, and then reported |
-//! | a handler under [`ShieldLayer`](task_set::ShieldLayer) | goes on, as its layer's `at_end` says | it has answered | goes on, likewise | drains as a task |
+//! | a handler under [`ShieldLayer`] | goes on, as its layer's `at_end` says | it has answered | goes on, likewise | drains as a task |
 //! | any other handler, and a body | is dropped | is dropped | is dropped | has the budget, and is then dropped |
 //! | [`ResponseEndLayer`]'s hook | `Disconnected` | `Completed` if all announced bytes have passed, else `Disconnected` | outside of the task set `Completed` or `Failed`; inside `Disconnected`, or what the response made of the end of its tasks | the same, of [`ShutdownLayer`] |
 //! | a permit of [`SpawnLimit`] | stays until its task has ended | the same | the same | the same |
@@ -107,7 +107,7 @@ pub use tower_task_set as task_set;
 pub use tower_trace_id as trace_id;
 
 #[cfg(feature = "catch-unwind")]
-pub use tower_catch_unwind::{CatchUnwindLayer, Panic};
+pub use tower_catch_unwind::{CatchUnwindLayer, Panic, install_hook};
 #[cfg(feature = "request-context")]
 pub use tower_request_context::{RequestContext, RequestContextLayer};
 #[cfg(feature = "response-end")]
@@ -118,11 +118,11 @@ pub use tower_shutdown::{Report, Shutdown, ShutdownLayer, ShutdownWatch};
 pub use tower_spawn_limit::{Refused, RequestLimitLayer, SpawnError, SpawnLimit, SpawnLimitLayer};
 #[cfg(feature = "task-set")]
 pub use tower_task_set::{
-    AtEnd, Cause, Group, GroupError, Outcome, StopToken, TaskError, TaskEvent, TaskHandle,
-    TaskRegistry, TaskSet, TaskSetLayer, assert_drained,
+    AtEnd, Cause, Group, GroupError, OnPanic, Outcome, ShieldLayer, StopToken, TaskError,
+    TaskEvent, TaskHandle, TaskRegistry, TaskSet, TaskSetLayer, assert_drained,
 };
 #[cfg(feature = "trace-id")]
-pub use tower_trace_id::{PropagateLayer, TraceContext, TraceIdLayer};
+pub use tower_trace_id::{PropagateLayer, TraceContext, TraceIdLayer, Trust};
 
 /// Runs the README's quick start: `cargo test` of the whole workspace has all features on.
 #[cfg(all(doctest, feature = "full"))]

@@ -73,8 +73,8 @@
 //! body is dropped, in scope, and the client is told. Before the head it gets an answer instead, a
 //! problem document or a gRPC status; after it the body ends in an error, or in trailers if the
 //! client speaks gRPC over HTTP/2. What comes to its own end is passed on, unless
-//! [`Stop::poll_end`] says that it is too late. The service's future is a [`StoppableFuture`], its body a
-//! [`StoppableBody`]. All responses that one event ends share a [`Signal`].
+//! [`Stop::poll_end`] says that it is too late. The service's future is a [`StoppableFuture`], its
+//! body a [`StoppableBody`]. All responses that one event ends share a [`Signal`].
 //!
 //! ```
 //! use std::{convert::Infallible, future::{Future, pending}, task::{Context, Poll}};
