@@ -55,11 +55,10 @@ pub enum OnPanic {
     ///
     /// A panic closes the task's channels before it is known, and a body may take that for the end
     /// of its data. So a response that comes to an end of its own is held back while a panic unwinds
-    /// a poll of one of its tasks, or a closure that blocks. That is known by the
-    /// [hook](tower_catch_unwind::install_hook): without it, or of a panic that `resume_unwind` goes
-    /// on with, or that begins while a task is dropped, it is not. Then, await the
-    /// [`TaskHandle`](crate::TaskHandle) of what feeds the response. A task that catches a panic by
-    /// other means than [`catch`](tower_catch_unwind::catch()) holds it back until its next await.
+    /// one of its tasks. That is known by the [hook](tower_catch_unwind::install_hook): without it,
+    /// or of a panic that `resume_unwind` goes on with, it is not, and who feeds a response had better
+    /// have its [`TaskHandle`](crate::TaskHandle) awaited. A task that catches a panic by other means
+    /// than [`catch`](tower_catch_unwind::catch()) holds it back until its next await.
     FailResponse,
 }
 

@@ -316,13 +316,16 @@ enum Phase {
     Stays {
         in_scope: bool,
     },
-    /// Its future is being dropped: whether something else was unwinding then, and whether the
-    /// task's context was entered.
-    Dropping {
-        unwinding: bool,
-        in_scope: bool,
-    },
+    /// Its future is being dropped, in what these bits say.
+    Dropping(u8),
 }
+
+/// Bits of [`Phase::Dropping`]: something else was unwinding by then.
+const UNWINDING: u8 = 1;
+/// The task's context was entered.
+const IN_SCOPE: u8 = 1 << 1;
+/// The set is told of panics.
+const OBSERVED: u8 = 1 << 2;
 
 impl Member {
     pub(crate) const fn new(set: Arc<Set>, slot: u32, has_home: bool) -> Self {
@@ -388,9 +391,7 @@ impl Member {
         let caught = caught.map_err(|panic| self.tell(panic));
         forget(replace(&mut self.set, inside.leave()));
         if let Some(outside) = outside {
-            if unwinding::replace(outside).is_some_and(|observed| observed.has_begun()) {
-                self.set().end_unwinding();
-            }
+            self.end_unwinding(outside);
         }
         if marks & CONTEXT != 0 {
             self.has_home |= self.set().leave_home(self.slot, &mut away);
@@ -428,6 +429,15 @@ impl Member {
         }
     }
 
+    /// The set is told of panics no more, but who was before.
+    #[cold]
+    #[inline(never)]
+    fn end_unwinding(&self, outside: Option<Observed>) {
+        if unwinding::replace(outside).is_some_and(|observed| observed.has_begun()) {
+            self.set().end_unwinding();
+        }
+    }
+
     #[cold]
     #[inline(never)]
     fn tell_drop(&mut self) {
@@ -455,28 +465,41 @@ impl Member {
     /// always, but where a dead runtime drops a future in the middle of its spawn.
     #[inline]
     fn enter_drop(&mut self) {
-        let unwinding = thread::panicking();
-        destructor::enter();
-        let in_scope = match self.phase {
-            Phase::Stays { in_scope } => in_scope,
+        let mut dropping = if thread::panicking() { UNWINDING } else { 0 };
+        dropping |= match self.phase {
+            Phase::Stays { in_scope: true } => IN_SCOPE,
+            Phase::Stays { in_scope: false } => 0,
             _ => self.enter_to_drop(),
         };
-        self.phase = Phase::Dropping { unwinding, in_scope };
+        destructor::enter();
+        self.phase = Phase::Dropping(dropping);
     }
 
-    /// Whether it has entered its context.
+    /// What it has entered.
     #[inline(never)]
-    fn enter_to_drop(&mut self) -> bool {
+    fn enter_to_drop(&mut self) -> u8 {
         let set = self.set();
-        let is_away = self.has_home || set.marks() & CONTEXT != 0;
-        let in_scope = is_away && set.enter_drop(self.slot, self.has_home);
+        let marks = set.marks();
+        let is_away = self.has_home || marks & CONTEXT != 0;
+        let mut entered = 0;
+        if is_away && set.enter_drop(self.slot, self.has_home) {
+            entered |= IN_SCOPE;
+        }
+        if marks & MAY_FAIL != 0 {
+            let outside = unwinding::replace(Some(Observed::new(set.clone())));
+            if outside.is_some() {
+                unwinding::replace(outside);
+            } else {
+                entered |= OBSERVED;
+            }
+        }
         let inside = InTask::enter(self.set.take(), self.slot);
         if inside.is_from_nowhere() {
             inside.stay();
         } else {
             self.set = inside.leave();
         }
-        in_scope
+        entered
     }
 }
 
@@ -485,14 +508,17 @@ impl Drop for Member {
     fn drop(&mut self) {
         let obeyed = self.outcome;
         let mut was_in_scope = false;
-        if let Phase::Dropping { unwinding, in_scope } = self.phase {
-            was_in_scope = in_scope;
+        if let Phase::Dropping(dropping) = self.phase {
+            was_in_scope = dropping & IN_SCOPE != 0;
             if self.set.is_none() {
                 forget(replace(&mut self.set, InTask::take()));
             }
-            if thread::panicking() && !unwinding {
+            if thread::panicking() && dropping & UNWINDING == 0 {
                 // A destructor of the task's has.
                 self.tell_drop();
+            }
+            if dropping & OBSERVED != 0 {
+                self.end_unwinding(None);
             }
             destructor::leave();
         }

@@ -213,6 +213,55 @@ fn an_end_of_a_body_that_comes_while_a_task_is_unwound_waits_for_that() {
 }
 
 #[test]
+fn an_end_that_comes_while_a_task_is_dropped_and_unwinds_waits_for_that() {
+    struct Hurts;
+    impl Drop for Hurts {
+        fn drop(&mut self) {
+            panic!("in drop");
+        }
+    }
+    install_hook();
+    for hurts in [false, true] {
+        let runtime = multi_thread();
+        let (tasks, layer) = fails_its_response(&runtime);
+        let served = serve(&layer);
+        let (tell, closed) = mpsc::channel();
+        let (go_on, wait) = mpsc::channel::<()>();
+        let task = served.set.spawn("task", async move {
+            tell.send(()).unwrap();
+            let _closes = OnDrop::new(move || {
+                tell.send(()).unwrap();
+                wait.recv().unwrap_err();
+            });
+            // The first to go.
+            let _hurts = hurts.then(|| Hurts);
+            forever().await;
+        });
+        let task = task.unwrap();
+        closed.recv().expect("it has started");
+        task.cancel();
+        closed.recv().expect("it is dropped");
+        served.send(|| Poll::Ready(None));
+        let mut body = spawn(served.body);
+        let mut end = body.enter(|cx, body| body.poll_frame(cx));
+        assert_eq!(end.is_pending(), hurts, "{end:?}");
+        drop(go_on);
+        let outcome = runtime.block_on(outcome(task));
+        if hurts {
+            assert!(body.is_woken());
+            end = body.enter(|cx, body| body.poll_frame(cx));
+            assert!(matches!(assert_ready!(end), Some(Err(BodyError::Stopped(_)))));
+            assert_eq!(outcome, Yield::Panicked("in drop".to_owned()));
+        } else {
+            assert!(assert_ready!(end).is_none());
+            assert_eq!(outcome, Yield::Cancelled(Cause::Requested));
+        }
+        drop(body);
+        runtime.block_on(tasks.idle());
+    }
+}
+
+#[test]
 fn a_response_is_not_held_back_for_a_panic_that_was_caught() {
     install_hook();
     for blocks in [false, true] {
