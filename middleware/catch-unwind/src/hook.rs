@@ -16,8 +16,8 @@ use crate::catch::message_of;
 ///
 /// Call it once in `main`, before other threads may panic; nothing else in this family touches the
 /// hook. A second call does nothing, nor does one on a thread that is panicking. A hook that is set
-/// later replaces this one: it may call [`record`]. So does one for a log in which each line must be
-/// JSON, instead of this: what was there before prints text.
+/// later replaces this one: it may call [`record`]. Where each line must be JSON, set one that does
+/// instead of this: the hook that was there prints text.
 pub fn install_hook() {
     static INSTALLED: Once = Once::new();
     // There the hook must not be changed, and the panic would poison the `Once`.

@@ -9,7 +9,6 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::Extensions;
 use pin_project_lite::pin_project;
 use tracing::Span;
 
@@ -97,11 +96,11 @@ impl RequestContext {
     }
 
     /// The [current](Self::current) context; or where that is empty, as in a `call` behind tower's
-    /// `Buffer`, the one in a request's type map, which `.in_extensions()` of a layer puts there.
+    /// `Buffer`, this one: of the request's type map, where `.in_extensions()` of a layer puts it.
     /// (Extractors look there first, for they run in the handler.)
-    pub fn of(extensions: &Extensions) -> Self {
+    pub fn current_or(carried: Option<&Self>) -> Self {
         let current = Self::current();
-        if current.is_empty() { extensions.get().cloned().unwrap_or_default() } else { current }
+        if current.is_empty() { carried.cloned().unwrap_or_default() } else { current }
     }
 
     /// Whether there are no values: nothing is being served here that has any.

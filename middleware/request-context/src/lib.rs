@@ -19,7 +19,7 @@
 //! | a task or a blocking closure of `tower-task-set` | yes |
 //! | `tokio::spawn`, `tokio::task::spawn_blocking`, `std::thread::spawn` | no: move it in, then `scope` or `sync_scope` |
 //! | axum's `on_upgrade` callback | no: likewise |
-//! | `call` of a service behind tower's `Buffer` | no: put it into the type map, for [`of`](RequestContext::of); its future sees it |
+//! | `call` of a service behind tower's `Buffer` | no: put it into the type map, for [`current_or`](RequestContext::current_or); its future sees it |
 //!
 //! # Example
 //!
@@ -184,7 +184,7 @@ where
         let carried = request.extensions().get::<RequestContext>();
         // What is in the type map must not fall behind: extractors look there first.
         let in_extensions = self.layer.in_extensions || carried.is_some();
-        let context = RequestContext::of(request.extensions()).with(value);
+        let context = RequestContext::current_or(carried).with(value);
         if in_extensions {
             request.extensions_mut().insert(context.clone());
         }

@@ -608,11 +608,11 @@ fn what_is_current_outside_of_a_layer_counts_and_not_what_the_type_map_had() {
 
 #[test]
 fn the_context_in_a_type_map_counts_where_none_is_current() {
-    let mut map = http::Extensions::new();
-    assert!(RequestContext::of(&map).is_empty());
-    map.insert(context_of(7));
-    assert_eq!(RequestContext::of(&map).sync_scope(tenant), Some(7));
-    let current = context_of(8).sync_scope(|| RequestContext::of(&map));
+    assert!(RequestContext::current_or(None).is_empty());
+    let carried = context_of(7);
+    let current_or_carried = || RequestContext::current_or(Some(&carried));
+    assert_eq!(current_or_carried().sync_scope(tenant), Some(7));
+    let current = context_of(8).sync_scope(current_or_carried);
     assert_eq!(current.sync_scope(tenant), Some(8));
 }
 

@@ -40,8 +40,8 @@ where
 
 /// As [`spawn`], but if a limit is full it waits for a permit at most so long.
 ///
-/// While it waits, it gives up when the request is over that it was called in. Code that runs in a task with a
-/// permit is refused at once, as with `spawn`: see [`Level`].
+/// While it waits, it gives up when the request is over that it was called in. Code that runs in a
+/// task with a permit is refused at once, as with `spawn`: see [`Level`].
 ///
 /// Choose the time by how long the caller can still use the result; what the queue then holds is
 /// bounded by [`SpawnLimit::queue`].

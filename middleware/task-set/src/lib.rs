@@ -370,7 +370,8 @@ impl<S, P> WithTaskSet<S, P> {
         // What is in the type map must not fall behind: the extractor looks there first.
         if self.layer.in_extensions || request.extensions().get::<TaskSet>().is_some() {
             // Made now, so with the values that are known now.
-            if let Some(set) = RequestContext::of(request.extensions()).sync_scope(|| scope.set()) {
+            let context = RequestContext::current_or(request.extensions().get());
+            if let Some(set) = context.sync_scope(|| scope.set()) {
                 request.extensions_mut().insert(TaskSet::new(set));
             }
         }

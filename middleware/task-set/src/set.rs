@@ -79,7 +79,8 @@ pub(crate) struct Set {
     inner: Mutex<Inner>,
     /// What is to be looked at before a poll or a spawn, if anything is.
     marks: AtomicU8,
-    /// In how many polls of its tasks a panic has begun, be it that the task then catches it.
+    /// In how many polls and drops of its tasks a panic has begun that the task does not catch by
+    /// [`catch`].
     unwinding: AtomicU32,
     /// Of the registry: it belongs to no request, and is over when it is empty.
     own: bool,
@@ -1027,7 +1028,7 @@ impl Set {
         self.unwinding.load(Ordering::Acquire) > 0
     }
 
-    /// The poll of a task is over in which a panic [had begun](unwinding::Observer).
+    /// The poll or the drop of a task is over in which a panic [had begun](unwinding::Observer).
     #[cold]
     pub(crate) fn end_unwinding(&self) {
         let mut inner = self.lock();

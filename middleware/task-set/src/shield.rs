@@ -158,7 +158,8 @@ where
         let dialect = Dialect::of(&request);
         let set = request.extensions().get::<TaskSet>().cloned();
         // The future is a task, in the context that is known now.
-        let state = RequestContext::of(request.extensions()).sync_scope(|| {
+        let context = RequestContext::current_or(request.extensions().get());
+        let state = context.sync_scope(|| {
             // The set too may be made now.
             let set = set.map_or_else(TaskSet::current, Ok);
             self.layer.spawn(set, self.inner.call(request))

@@ -311,10 +311,10 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let layer = &self.layer;
-        let outer = RequestContext::of(request.extensions());
         let carried = request.extensions().get::<RequestContext>();
         // What is in the type map must not fall behind: extractors look there first.
         let in_extensions = layer.in_extensions || carried.is_some();
+        let outer = RequestContext::current_or(carried);
         let choose = || layer.trust.choose_trust(&request);
         let trust = match &layer.log {
             Some(log) => log.call("trust", choose).unwrap_or_default(),

@@ -204,12 +204,12 @@ async fn a_set_that_ends_at_the_deadline_fails_a_response_that_has_come_to_no_aw
         // The body is polled late.
         let served = serve(&layer);
         let fed = served.set.spawn("feed", forever()).unwrap();
-        // The future is.
-        let response = layer.clone().layer(service_fn(|_: Request<()>| {
+        // And so is the future.
+        let mut service = layer.layer(service_fn(|_: Request<()>| {
             TaskSet::current().unwrap().spawn("task", forever()).unwrap();
             async { Ok::<_, Broken>(Response::new(Empty::<Bytes>::new())) }
         }));
-        let response = { response }.call(Request::new(()));
+        let response = service.call(Request::new(()));
         advance(secs(waits)).await;
         settle().await;
         assert_eq!(fed.is_finished(), !in_time);
